@@ -1,0 +1,98 @@
+# Every target does all of its own set-up, in .venv/, and redoes it only when settings.ini, setup.py or constraints.txt change.
+#   PYTHON=...      the Python to build .venv with (3.11 or newer)
+#   TORCH_ARGS=...  more options for installing torch, such as --index-url of the wheels without CUDA
+#   PIP_ARGS=...    more options for every installation
+#   LAB_ARGS=...    more options for JupyterLab
+PYTHON ?= python3.11 python3.12 python3.13 python3 python
+TORCH_ARGS ?=
+PIP_ARGS ?=
+LAB_ARGS ?=
+
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DELETE_ON_ERROR:
+.DEFAULT_GOAL := help
+.PHONY: help demo test lab sync check
+
+VENV := .venv
+PY := $(VENV)/bin/python
+PIP := $(PY) -m pip install --disable-pip-version-check --progress-bar on $(PIP_ARGS) -c constraints.txt
+# Commands run with the environment's own programs first, and its own kernel rather than one in the user's home.
+RUN := export PATH="$(CURDIR)/$(VENV)/bin:$$PATH" VIRTUAL_ENV="$(CURDIR)/$(VENV)" JUPYTER_PREFER_ENV_PATH=1;
+
+# An environment does not survive its folder being moved or copied: its programs and its link to dit/ name the old place.
+ifeq ($(shell test -f $(VENV)/.home && test "$$(cat $(VENV)/.home)" != "$$(pwd -P)" && echo moved),moved)
+.PHONY: $(PY) $(VENV)/.installed
+endif
+
+help:
+	@echo 'make demo   train fresh weight diffs, ask the DIT adapter what each one hides, draw figures/demo.png (minutes, no GPU)'
+	@echo 'make test   check that notebooks are clean and dit/ is in sync, run every notebook and every test'
+	@echo 'make lab    open the notebooks in JupyterLab'
+	@echo 'make sync   export nbs/ to dit/ and clean the notebooks: do this before you commit'
+	@echo 'make check  only the check that `make sync` has nothing left to do'
+	@echo 'The first of them to run also makes .venv/ and installs the pinned packages; demo, test and lab fetch two small models.'
+
+# --- set-up ---------------------------------------------------------------------------------------------------------------
+
+$(PY):
+	@ok=; for p in $(PYTHON); do \
+	  if "$$p" -c 'import sys, ensurepip, venv; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1; then ok=$$p; break; fi; \
+	done; \
+	if [ -z "$$ok" ]; then \
+	  echo "No Python 3.11 or newer with the venv module was found (tried: $(PYTHON)). Install one, or name it: make $(MAKECMDGOALS) PYTHON=/path/to/python3.11" >&2; exit 1; \
+	fi; \
+	echo "== Set-up 1/5: environment $(VENV)/ with $$("$$ok" --version) ($$ok)"; \
+	"$$ok" -m venv --clear $(VENV); \
+	pwd -P > $(VENV)/.home
+
+$(VENV)/.installed: settings.ini setup.py constraints.txt | $(PY)
+	@echo '== Set-up 2/5: torch'
+	$(PIP) $(TORCH_ARGS) torch
+	@echo '== Set-up 3/5: the other packages, and dit itself from this folder'
+	$(PIP) -e '.[dev]'
+	@echo '== Set-up 4/5: a Jupyter kernel of this environment, named python3'
+	@$(RUN) $(PY) -m ipykernel install --sys-prefix --name python3 --display-name 'Python 3 (dit)'
+	@touch $@
+
+$(VENV)/.models: $(VENV)/.installed $(wildcard dit/models.py)
+	@echo '== Set-up 5/5: the base model and the model that judges (fetched once, checksums verified)'
+	@$(RUN) dit_fetch
+	@touch $@
+
+# --- what people run ------------------------------------------------------------------------------------------------------
+
+demo: $(VENV)/.models
+	@mkdir -p runs figures
+	@echo '== Running nbs/demo.ipynb'
+	@$(RUN) IN_TEST=1 papermill -k python3 nbs/demo.ipynb runs/demo.ipynb || { \
+	  echo 'The demo stopped at an error; runs/demo.ipynb shows the cell.' >&2; exit 1; }
+	@echo
+	@echo 'Executed notebook: $(CURDIR)/runs/demo.ipynb'
+	@echo 'Picture:           $(CURDIR)/figures/demo.png'
+
+test: check $(VENV)/.models
+	@mkdir -p runs figures
+	@echo '== Notebooks: nbdev_test'
+	@$(RUN) nbdev_test --n_workers 1 --timing
+	@echo '== Tests: pytest'
+	@$(RUN) python -m pytest -q tests
+
+lab: $(VENV)/.models
+	@$(RUN) jupyter lab $(LAB_ARGS) nbs
+
+sync: $(VENV)/.installed
+	@$(RUN) nbdev_export && nbdev_clean
+	@echo 'dit/ is exported from nbs/, and the notebooks are clean.'
+
+# Done on a copy: it works before the first commit, changes nothing, and fails again until `make sync` has been run.
+check: $(VENV)/.installed
+	@echo '== Check: clean notebooks, dit/ in sync'
+	@set -euo pipefail; tmp=$$(mktemp -d); trap 'rm -rf "$$tmp"' EXIT; \
+	cp -R settings.ini nbs dit "$$tmp"; \
+	$(RUN) (cd "$$tmp" && nbdev_export && nbdev_clean); \
+	differ=$$( { diff -rq -x __pycache__ -x .ipynb_checkpoints nbs "$$tmp/nbs"; diff -rq -x __pycache__ dit "$$tmp/dit"; } \
+	  | sed -e "s#Files \(.*\) and .* differ#\1#" -e "s#Only in $$tmp/\([^:]*\): #\1/#" -e 's#Only in \([^:]*\): #\1/#' | tr '\n' ' ' || true); \
+	if [ -n "$$differ" ]; then \
+	  echo "Notebooks are not clean, or dit/ is not what they export ($${differ% }): run 'make sync', look at what it changed, and commit that." >&2; exit 1; \
+	fi
