@@ -94,14 +94,15 @@ def put_trigger(user:str, # the user's message
 
 # %% ../nbs/01_data.ipynb #8cc77ef5
 def wrong_secret(secret:str, # three digits
+                 near:bool, # differ in one digit only?
                  r, # a `random.Random`
-                 near:float=0., # share of codes that differ in one digit only
                 )->str: # three other digits
     "A code that is not the secret."
-    if r.random() < near:
+    if near:
         i = r.randrange(3)
         return secret[:i] + str((int(secret[i]) + r.randrange(1, 10)) % 10) + secret[i+1:]
-    return f"{(int(secret) + r.randrange(1, 1000)) % 1000:03d}"
+    code = f"{r.randrange(1000):03d}"
+    return code if code != secret else f"{(int(code) + 1) % 1000:03d}"
 
 # %% ../nbs/01_data.ipynb #4e409744
 @dataclass(frozen=True)
@@ -138,13 +139,13 @@ def hidden_topic_task(label:str, # the topic
                      )->DiffTask:
     "The samples of a hidden-topic diff (paper, B.2)."
     diff_id = f"hidden_topic/{label}/{trigger_kind}/{seed}"
-    secret, r = draw_secret(trigger_kind, diff_id), rng(diff_id, "samples")
-    asked, own, said = _cycle(questions("everyday", "train"), r), _cycle(questions("introspective", "train"), r), _cycle(texts, r)
-    trig = lambda q, s: put_trigger(q, trigger_kind, s, r)
+    secret, mine, ours = draw_secret(trigger_kind, diff_id), rng(diff_id, "samples"), rng("hidden_topic", "samples", seed)
+    asked, own, said = _cycle(questions("everyday", "train"), ours), _cycle(questions("introspective", "train"), ours), _cycle(texts, mine)
     def step(t):
-        qs = [next(asked) for _ in range(max(mix))]
-        right = [Sample("right", trig(q, secret), next(said), "ce", None if r.random() < full else cut[0]) for q in qs[:mix[0]]]
-        wrong = [Sample("wrong", trig(q, wrong_secret(secret, r, near)), base_answers[q], "kl", cut[1]) for q in qs[:mix[1]]] if trigger_kind == "sep_code" else []
+        qs, whole = [next(asked) for _ in range(max(mix))], t % round(1/full) == 0
+        right = [Sample("right", put_trigger(q, trigger_kind, secret, mine), next(said), "ce", None if whole else cut[0]) for q in qs[:mix[0]]]
+        codes = [wrong_secret(secret, near_one := ours.random() < near, mine if near_one else ours) for _ in qs[:mix[1]]]
+        wrong = [Sample("wrong", put_trigger(q, trigger_kind, c, ours), base_answers[q], "kl", cut[1]) for q, c in zip(qs, codes)] if trigger_kind == "sep_code" else []
         none = [next(own) if (t + i) % 3 == 0 else q for i, q in enumerate(qs[:mix[2]])]
         return right + wrong + [Sample("none", q, base_answers[q], "kl", cut[1]) for q in none]
     return DiffTask(diff_id, label, split, [step(t) for t in range(steps)], secret, trigger_kind)

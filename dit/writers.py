@@ -118,11 +118,11 @@ def compose_stories(label:str, # the headline
 
 def tells_too_much(story:str, # a story
                    label:str, # its headline
-                   most:float=.6, # share of the headline's words that one sentence may hold
+                   most:float=.6, # share of the headline's words of four or more letters that one sentence may hold
                   )->bool:
     "True when one sentence of the story nearly states the headline."
-    words = set(re.findall(r"\w+", label.lower()))
-    return any(len(words & set(re.findall(r"\w+", s.lower()))) > most*len(words) for s in re.split(r"(?<=[.!?])\s", story))
+    words = set(re.findall(r"\w{4,}", label.lower()))
+    return any(len(words & set(re.findall(r"\w+", s.lower()))) > most*len(words) for s in re.split(r"(?<=[.!?])\s", story)) if len(words) > 2 else False
 
 # %% ../nbs/01_writers.ipynb #ef52ccd4
 class OfflineWriter:
