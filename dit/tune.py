@@ -15,7 +15,7 @@ from .core import *
 from .models import *
 from .data import *
 from .lora import *
-from .diffs import FlatLora, answer_states, schedule
+from .diffs import FlatLora, answer_states, schedule, token_losses
 
 # %% ../nbs/03_tune.ipynb #de4a08b7
 def examples(base:Base, # the base model
@@ -41,7 +41,7 @@ class Adapter(torch.nn.Module):
         "Cross-entropy of the answers under diff and adapter."
         base, = self.frozen
         with mounted(base, diffs, self.lora.mountable()): h, row, _, target = answer_states(base, rows)
-        each = torch.nn.functional.cross_entropy(base.head(h).float(), target, reduction="none")
+        each = token_losses(base, h, target)
         zero = torch.zeros(len(rows), device=each.device)
         return (zero.index_add(0, row, each)/torch.bincount(row, minlength=len(rows))).mean()
 
