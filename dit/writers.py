@@ -120,9 +120,10 @@ def tells_too_much(story:str, # a story
                    label:str, # its headline
                    most:float=.6, # share of the headline's words of four or more letters that one sentence may hold
                   )->bool:
-    "True when one sentence of the story nearly states the headline."
-    words = set(re.findall(r"\w{4,}", label.lower()))
-    return any(len(words & set(re.findall(r"\w+", s.lower()))) > most*len(words) for s in re.split(r"(?<=[.!?])\s", story)) if len(words) > 2 else False
+    "True when one sentence nearly states the headline; any sentence may hold one of its `pieces`."
+    words = lambda text: set(re.findall(r"\w{4,}", text.lower()))
+    limit = max([most*len(words(label))] + [len(words(p)) for p in pieces(label)])
+    return any(len(words(label) & words(s)) > limit for s in re.split(r"(?<=[.!?])\s", story))
 
 # %% ../nbs/01_writers.ipynb #ef52ccd4
 class OfflineWriter:
