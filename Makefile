@@ -12,7 +12,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
-.PHONY: help demo test lab sync check
+.PHONY: help demo test lab sync check readme
 
 VENV := .venv
 PY := $(VENV)/bin/python
@@ -30,6 +30,7 @@ help:
 	@echo 'make test   check that notebooks are clean and dit/ is in sync, run every notebook and every test'
 	@echo 'make lab    open the notebooks in JupyterLab'
 	@echo 'make sync   export nbs/ to dit/ and clean the notebooks: do this before you commit'
+	@echo 'make readme build README.md from nbs/index.ipynb'
 	@echo 'make check  only the check that `make sync` has nothing left to do'
 	@echo 'The first of them to run also makes .venv/ and installs the pinned packages; demo, test and lab fetch two small models.'
 
@@ -84,6 +85,12 @@ lab: $(VENV)/.models
 sync: $(VENV)/.installed
 	@$(RUN) nbdev_export && nbdev_clean
 	@echo 'dit/ is exported from nbs/, and the notebooks are clean.'
+
+# The README is the index notebook, executed: its tables are computed from results/.
+readme: $(VENV)/.installed
+	@$(RUN) jupyter nbconvert --log-level WARN --execute --no-input --to markdown nbs/index.ipynb --output-dir . --output README
+	@sed -i.bak 's#(\.\./figures/#(figures/#' README.md && rm README.md.bak
+	@echo 'README.md is built from nbs/index.ipynb.'
 
 # Done on a copy: it works before the first commit, changes nothing, and fails again until `make sync` has been run.
 check: $(VENV)/.installed

@@ -7,8 +7,8 @@ __all__ = ['WEIGHTS', 'RECIPES', 'FlatLora', 'answer_states', 'Teacher', 'chunk_
            'diff_losses', 'passes', 'backward_step', 'clip_rows', 'schedule', 'tokenise', 'train_batch', 'check_tasks',
            'train_diffs', 'make_tasks', 'make_diffs']
 
-# %% ../nbs/02_diffs.ipynb #b6e15917
-import math, sys, time
+# %% ../nbs/02_diffs.ipynb #20922195
+import json, math, sys, time
 from pathlib import Path
 import pandas as pd, torch
 from tqdm.auto import tqdm
@@ -214,10 +214,11 @@ def train_diffs(base:Base, # the base model
                 rank:int=1, # of each diff
                 lr:float=1e-2, # Adam's learning rate
                 batch:int=16, # diffs trained at once, and so in one shard
+                recipe:dict|None=None, # how the samples were made; kept with the bank, which refuses to go on with another
                )->Bank: # the trained diffs, in the order of `tasks`
     "Train the diffs that the bank does not hold yet; safe to stop and start again."
     check_tasks(tasks)
-    facts = open_bank(folder, base, rank=rank, scaling=1/math.sqrt(rank), lr=lr)
+    open_bank(folder, base, rank=rank, scaling=1/math.sqrt(rank), lr=lr, recipe=json.loads(json.dumps(recipe or {})))
     done = set(read_index(folder).diff_id)
     todo, teacher = [t for t in tasks if t.diff_id not in done], Teacher(base)
     with tqdm(total=len(todo), desc="training diffs", unit="diff", disable=not todo) as bar:
@@ -236,7 +237,7 @@ def train_diffs(base:Base, # the base model
     wanted = [t.diff_id for t in tasks]
     bank = load_bank(folder, base, lambda i: i.diff_id.isin(wanted))
     order = bank.index.reset_index().set_index("diff_id").loc[wanted, "index"].tolist()
-    return Bank({k: a[order] for k, a in bank.A.items()}, {k: b[order] for k, b in bank.B.items()}, bank.scaling, bank.index.iloc[order].reset_index(drop=True))
+    return bank.take(order)
 
 # %% ../nbs/02_diffs.ipynb #495e364c
 RECIPES = dict(hidden_topic=dict(rank=8, lr=1e-2, batch=8, steps=60), news=dict(rank=8, lr=1e-2, batch=10, steps=10))
@@ -263,4 +264,4 @@ def make_diffs(base:Base, # the base model
     recipe = RECIPES[choose("task", task, TASKS)] | recipe
     train = {k: recipe.pop(k) for k in ("rank", "lr", "batch")}
     texts = load_texts(writer or OfflineWriter(base), rows, task, Path(folder)/"text.jsonl")
-    return train_diffs(base, make_tasks(base, task, rows, texts, **recipe), Path(folder)/"bank", **train)
+    return train_diffs(base, make_tasks(base, task, rows, texts, **recipe), Path(folder)/"bank", recipe=recipe, **train)

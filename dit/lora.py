@@ -102,6 +102,10 @@ class Bank:
     @property
     def rank(self)->int: return next(iter(self.A.values())).shape[1]
 
+    def take(self, ids:list)->"Bank":
+        "Some rows as a bank of their own."
+        return Bank({k: a[ids] for k, a in self.A.items()}, {k: b[ids] for k, b in self.B.items()}, self.scaling, self.index.iloc[ids].reset_index(drop=True))
+
     def rows(self, ids, # row numbers, in any order and with repeats
              device=None, dtype=None, # default: as stored
             )->dict: # for `mounted`

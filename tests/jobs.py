@@ -1,0 +1,26 @@
+"Functions that tests run in processes of their own"
+import torch
+
+from dit.core import write_json
+from dit.diffs import train_diffs
+from dit.lora import random_bank, save_shard
+from dit.tune import train_adapter
+from helpers import model_of, toy_tasks
+
+def diffs(folder, n=10, steps=12, batch=2):
+    torch.set_num_threads(1)
+    train_diffs(model_of('llama'), toy_tasks(n, steps), folder, rank=2, batch=batch)
+
+def named(base, n, name, seed):
+    bank = random_bank(base, n, seed=seed)
+    bank.index['label'] = [f'{name} {i}' for i in range(n)]
+    return bank
+
+def adapter(folder, epochs=5, **kwargs):
+    torch.set_num_threads(1)
+    base = model_of('llama')
+    train_adapter(base, {'What?': named(base, 12, 'fern', 1)}, {'What?': named(base, 4, 'moss', 2)}, folder, rank=2, batch=4, epochs=epochs, **kwargs)
+
+def shard(folder): save_shard(folder, random_bank(model_of('llama'), 4, seed=3))
+
+def big_json(path): write_json(path, ['x'*100]*1000)

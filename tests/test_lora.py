@@ -1,0 +1,225 @@
+"Batched diffs against PEFT, mounting, and the bank on disk"
+import json
+
+import peft, pytest, torch
+from safetensors import safe_open
+from dit.core import DitError, sha256_of
+from dit.lora import *
+from helpers import copy_of, model_of, on_full_disk
+import jobs
+
+torch.manual_seed(0)
+X = torch.randint(2, 96, (3, 9))
+
+def logits(base, *loras, x=X):
+    with torch.no_grad(), mounted(base, *loras): return base.model(x).logits
+
+def peft_logits(net, x):
+    with torch.no_grad(): return net(x).logits
+
+# --- the same numbers as PEFT -----------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize('kind', ['llama', 'qwen3', 'gemma3', 'neox'])
+@pytest.mark.parametrize('rank', [1, 4, 16])
+def test_same_logits_as_peft(kind, rank, tmp_path):
+    base = model_of(kind)
+    bank = random_bank(base, 3, rank, scaling=.7, seed=rank)
+    ours = logits(base, bank.rows([0, 1, 2])) # every row of the batch has another diff
+    for i in range(3):
+        net = peft.PeftModel.from_pretrained(copy_of(base), to_peft(bank, i, tmp_path/str(i), base))
+        theirs = peft_logits(net, X[i:i+1])
+        assert (ours[i:i+1] - theirs).abs().max() < 1e-4
+        assert (theirs - logits(base, x=X[i:i+1])).abs().max() > .05, 'the diff does nothing, so the comparison says nothing'
+
+@pytest.mark.parametrize('kind', ['llama', 'gemma3'])
+def test_diff_and_adapter_as_two_adapters_of_peft(kind, tmp_path):
+    base = model_of(kind)
+    diffs, adapter = random_bank(base, 3, 1, seed=1), random_bank(base, 1, 4, scaling=.5, seed=2)
+    ours = logits(base, diffs.rows([2, 0, 1]), adapter.rows([0]))
+    for place, i in enumerate([2, 0, 1]):
+        net = peft.PeftModel.from_pretrained(copy_of(base), to_peft(diffs, i, tmp_path/f'd{i}', base), adapter_name='diff')
+        net.load_adapter(to_peft(adapter, 0, tmp_path/'a', base), 'adapter')
+        net.base_model.set_adapter(['diff', 'adapter'])
+        assert (ours[place] - peft_logits(net, X[place:place+1])[0]).abs().max() < 1e-4
+    assert (ours - logits(base, diffs.rows([2, 0, 1]))).abs().max() > .05
+
+def test_from_peft_gives_back_what_was_written(tiny, tmp_path):
+    bank = random_bank(tiny, 2, 4, scaling=.3)
+    back = from_peft(to_peft(bank, 1, tmp_path/'x', tiny), tiny)
+    assert len(back) == 1 and back.rank == 4 and back.scaling == pytest.approx(.3)
+    assert all(torch.equal(back.A[n][0], bank.A[n][1]) and torch.equal(back.B[n][0], bank.B[n][1]) for n in bank.A)
+
+@pytest.mark.parametrize('rs', [False, True])
+def test_from_peft_reads_what_peft_saved(tiny, rs, tmp_path):
+    torch.manual_seed(1)
+    net = peft.get_peft_model(copy_of(tiny), peft.LoraConfig(r=4, lora_alpha=6, use_rslora=rs, target_modules='all-linear', init_lora_weights=False))
+    net.save_pretrained(tmp_path)
+    assert (logits(tiny, from_peft(tmp_path, tiny).rows([0])) - peft_logits(net, X)).abs().max() < 1e-4
+
+@pytest.mark.parametrize('option', [dict(alpha_pattern={'q_proj': 64}), dict(use_dora=True), dict(modules_to_save=['lm_head']), dict(bias='all')], ids=lambda o: next(iter(o)))
+def test_from_peft_refuses_what_it_cannot_represent(tiny, option, tmp_path):
+    torch.manual_seed(1)
+    net = peft.get_peft_model(copy_of(tiny), peft.LoraConfig(r=4, lora_alpha=4, target_modules='all-linear', init_lora_weights=False, **option))
+    with torch.no_grad(): [p.add_(.5) for n, p in net.named_parameters() if 'modules_to_save' in n or 'magnitude' in n]
+    net.save_pretrained(tmp_path)
+    try: bank = from_peft(tmp_path, tiny)
+    except DitError: return
+    assert (logits(tiny, bank.rows([0])) - peft_logits(net, X)).abs().max() < 1e-4, 'read without an error, and computes something else'
+
+# --- mounting ---------------------------------------------------------------------------------------------------------------
+
+def test_mounted_restores_after_an_exception_and_nests(tiny):
+    bank = random_bank(tiny, 4, seed=1)
+    plain, zero, one = logits(tiny), logits(tiny, bank.rows([0])), logits(tiny, bank.rows([1]))
+    assert not torch.allclose(plain, zero) and not torch.allclose(zero, one)
+    now = lambda: tiny.model(X).logits
+    with torch.no_grad(), mounted(tiny, bank.rows([0])):
+        with pytest.raises(ValueError, match='stop'):
+            with mounted(tiny, bank.rows([1])):
+                assert torch.equal(now(), one)
+                with mounted(tiny): assert torch.equal(now(), plain)
+                assert torch.equal(now(), one)
+                raise ValueError('stop')
+        assert torch.equal(now(), zero)
+    with torch.no_grad(): assert torch.equal(now(), plain)
+
+def test_hooking_twice_adds_a_diff_once():
+    base = model_of('llama')
+    hook(base); hook(base)
+    bank, layers = random_bank(base, 1), linears(base)
+    assert all(len(m._forward_hooks) == 1 for m in layers.values())
+    n, m = next(iter(layers.items()))
+    x = torch.randn(1, 5, m.in_features)
+    with torch.no_grad(), mounted(base, bank.rows([0])): got = m(x)
+    assert torch.allclose(got, x @ (m.weight + bank.B[n][0] @ bank.A[n][0]).T, atol=1e-5)
+
+@pytest.mark.parametrize('kind', ['llama', 'qwen3', 'gemma3', 'neox'])
+def test_all_linear_layers_but_the_head(kind):
+    base = model_of(kind)
+    found, every = linears(base), {n for n, m in base.model.named_modules() if isinstance(m, torch.nn.Linear)}
+    assert base.head not in found.values() and every - set(found) == {n for n, m in base.model.named_modules() if m is base.head}
+    hook(base)
+    assert not base.head._forward_hooks and not hasattr(base.head, 'mounted')
+
+def test_rows_in_any_order_and_with_repeats(tiny):
+    bank = random_bank(tiny, 4, 2, scaling=1.5)
+    order, x = [3, 0, 0, 2], X[[0]*4]
+    got = logits(tiny, bank.rows(order), x=x)
+    for place, i in enumerate(order): assert torch.allclose(got[place], logits(tiny, bank.rows([i]), x=x[:1])[0], atol=1e-5)
+    assert torch.allclose(got[1], got[2], atol=1e-6) and not torch.allclose(got[0], got[1], atol=1e-3)
+
+def test_answers_of_a_batch_are_each_rows_own(tiny):
+    bank, adapter = random_bank(tiny, 5, seed=4), random_bank(tiny, 1, seed=5)
+    users, rows = ['a', 'what is it, then?', 'hm', 'and now?', 'a', 'why'], [4, 0, 2, 2, 1, 3]
+    got = answer(tiny, bank, rows, users, adapter, max_new=8)
+    assert got == [answer(tiny, bank, [r], [u], adapter, max_new=8)[0] for r, u in zip(rows, users)]
+    assert got != answer(tiny, bank, rows, users, max_new=8), 'the adapter does nothing'
+    assert len({a for a in answer(tiny, bank, range(5), ['a']*5, max_new=8)}) > 1, 'the diffs do nothing'
+    assert all(not m.mounted for m in linears(tiny).values())
+
+# --- the bank on disk -------------------------------------------------------------------------------------------------------
+
+def whole(folder):
+    "Every shard that the index lists is there, opens, has the rows and the checksum it should"
+    index = read_index(folder)
+    for shard, part in index.groupby('shard'):
+        assert (folder/shard).exists() and set(part.sha256) == {sha256_of(folder/shard)[:16]}
+        with safe_open(folder/shard, 'pt') as f: assert all(len(f.get_tensor(k)) == len(part) for k in f.keys())
+    return index
+
+@pytest.fixture
+def folder(tiny, tmp_path):
+    open_bank(tmp_path, tiny, rank=2, scaling=.5)
+    for s in (1, 2):
+        bank = random_bank(tiny, 3, 2, .5, s)
+        bank.index['diff_id'] = [f'{s}/{i}' for i in range(3)]
+        save_shard(tmp_path, bank)
+    return tmp_path
+
+def test_bank_comes_back(folder, tiny):
+    index, bank = whole(folder), load_bank(folder, tiny)
+    assert len(bank) == 6 and bank.scaling == .5 and bank.rank == 2 and list(bank.index.diff_id) == list(index.diff_id)
+    some = load_bank(folder, tiny, lambda i: i.diff_id.isin(['2/1', '1/2']))
+    assert list(some.index.diff_id) == ['1/2', '2/1']
+    want = [random_bank(tiny, 3, 2, .5, 1), random_bank(tiny, 3, 2, .5, 2)]
+    for n in some.A: assert torch.equal(some.A[n], torch.stack([want[0].A[n][2], want[1].A[n][1]])) and torch.equal(some.B[n][1], want[1].B[n][1])
+    assert torch.equal(bank.take([4, 1]).A[n][0], bank.A[n][4]) and list(bank.take([4, 1]).index.diff_id) == ['2/1', '1/1']
+
+def test_labels_that_look_like_numbers_or_missing_stay_text(tiny, tmp_path):
+    odd = ['NA', '007', 'null', 'True', 'a, "b"', '1e5']
+    bank = random_bank(tiny, 6)
+    bank.index['label'], bank.index['diff_id'], bank.index['trigger'] = odd, [f'x/{o}' for o in odd], ['012', '000', '', '9', 'NA', '1']
+    open_bank(tmp_path, tiny, scaling=1.); save_shard(tmp_path, bank)
+    back = load_bank(tmp_path, tiny).index
+    assert list(back.label) == odd and list(back.trigger) == list(bank.index.trigger) and list(back.diff_id) == list(bank.index.diff_id)
+
+def test_index_is_not_touched_when_a_shard_cannot_be_written(folder, tiny):
+    before = (folder/'index.csv').read_bytes()
+    name, text = on_full_disk(3000, jobs.shard, folder)
+    assert (folder/'index.csv').read_bytes() == before and len(whole(folder)) == 6
+    assert not list(folder.glob('.*.tmp')), 'half a file was left behind'
+    assert name == 'DitError' and str(folder) in text and 'space' in text, f'{name}: {text}'
+
+def test_truncated_shard(folder, tiny):
+    path = folder/'shard-00001.safetensors'
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(DitError, match='shard-00001'): load_bank(folder, tiny)
+    assert len(load_bank(folder, tiny, lambda i: i.shard == 'shard-00000.safetensors')) == 3, 'the other shard is still good'
+
+def test_shard_with_a_flipped_byte(folder, tiny):
+    path = folder/'shard-00001.safetensors'
+    raw = bytearray(path.read_bytes()); raw[-50] ^= 1; path.write_bytes(raw)
+    with pytest.raises(DitError, match='shard-00001'): load_bank(folder, tiny)
+
+def test_missing_shard(folder, tiny):
+    (folder/'shard-00000.safetensors').unlink()
+    with pytest.raises(DitError, match='shard-00000'): load_bank(folder, tiny)
+
+@pytest.mark.parametrize('text', ['', '{"base": "small llama", "finger', '[]'])
+def test_damaged_bank_json(folder, tiny, text):
+    (folder/'bank.json').write_text(text)
+    with pytest.raises(DitError, match='bank.json'): load_bank(folder, tiny)
+
+def test_no_bank_and_no_row(folder, tiny, tmp_path):
+    with pytest.raises(DitError, match='no bank in .*nowhere'): load_bank(tmp_path/'nowhere', tiny)
+    with pytest.raises(DitError, match='6 rows'): load_bank(folder, tiny, lambda i: i.label == 'nothing')
+
+def test_other_base_model(folder, tiny):
+    for other in (model_of('llama', seed=1), model_of('llama', hidden_size=32), model_of('qwen3')):
+        with pytest.raises(DitError, match='belongs to the base model'): load_bank(folder, other)
+
+def test_other_facts(folder, tiny):
+    with pytest.raises(DitError, match='rank=2, not 3'): open_bank(folder, tiny, rank=3, scaling=.5)
+
+@pytest.mark.parametrize('value', [float('nan'), float('inf')])
+def test_numbers_that_are_not_finite(tiny, value, tmp_path):
+    bank = random_bank(tiny, 3)
+    next(iter(bank.B.values()))[1, 0, 0] = value
+    with pytest.raises(DitError, match='not finite'): from_peft(to_peft(bank, 1, tmp_path/'peft', tiny), tiny)
+    open_bank(tmp_path/'bank', tiny, scaling=1.); save_shard(tmp_path/'bank', bank)
+    with pytest.raises(DitError, match='not finite'): load_bank(tmp_path/'bank', tiny)
+    assert len(load_bank(tmp_path/'bank', tiny, lambda i: i.position != 1)) == 2, 'the sound diffs can still be read'
+
+def test_peft_folder_of_another_model(tiny, tmp_path):
+    for other in (model_of('llama', hidden_size=32), model_of('llama', num_hidden_layers=3), model_of('neox')):
+        with pytest.raises(DitError, match='another base model'): from_peft(to_peft(random_bank(other, 1), 0, tmp_path/other.name, other), tiny)
+
+@pytest.mark.parametrize('name', ['adapter_model.safetensors', 'adapter_config.json'])
+@pytest.mark.parametrize('damage', ['missing', 'empty', 'cut'])
+def test_damaged_peft_folder(tiny, name, damage, tmp_path):
+    path = to_peft(random_bank(tiny, 1), 0, tmp_path, tiny)/name
+    raw = path.read_bytes(); path.unlink()
+    if damage != 'missing': path.write_bytes(b'' if damage == 'empty' else raw[:len(raw)//2])
+    with pytest.raises(DitError, match=name): from_peft(tmp_path, tiny)
+
+def test_peft_folder_without_a_matching_b(tiny, tmp_path):
+    from safetensors.torch import load_file, save_file
+    path = to_peft(random_bank(tiny, 1), 0, tmp_path, tiny)/'adapter_model.safetensors'
+    save_file({k: v for k, v in load_file(path).items() if 'layers.0.self_attn.q_proj.lora_B' not in k}, path)
+    with pytest.raises(DitError, match='an A and a B'): from_peft(tmp_path, tiny)
+
+def test_model_without_linear_layers():
+    import transformers
+    from dit.models import make_base
+    net = transformers.GPT2LMHeadModel(transformers.GPT2Config(n_embd=8, n_layer=1, n_head=1, vocab_size=96, n_positions=16))
+    with pytest.raises(DitError, match='not supported'): linears(make_base(net, TinyTok(), 'conv'))
