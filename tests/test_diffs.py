@@ -1,0 +1,256 @@
+"Batched training: every diff as if it were alone, and a bank that survives being killed"
+import time
+from pathlib import Path
+
+import pytest, torch
+import torch.nn.functional as F
+from dit import diffs as D
+from dit.core import DitError, seed_of
+from dit.data import DiffTask, Sample, hidden_topic_task, news_task, questions
+from dit.diffs import *
+from dit.lora import *
+from dit.models import encode
+from helpers import finish, kill_when, model_of, start, toy_tasks
+from test_lora import whole
+import jobs
+
+def flatten(bank): return torch.cat([torch.cat([bank.A[n].flatten(1), bank.B[n].flatten(1)], 1) for n in bank.A], 1)
+
+def a_flat(base, n, rank=2, noise=.3):
+    "Diffs that already do something: B is not zero"
+    flat = FlatLora(base, list(range(n)), rank, .5)
+    with torch.no_grad():
+        for i in range(n): flat.p[i] += noise*torch.randn(flat.p.shape[1], generator=torch.Generator().manual_seed(100 + i))
+    return flat
+
+def gradient(base, steps, n=None, noise=.3):
+    "Gradient and losses of one step of some diffs"
+    flat = a_flat(base, len(steps), noise=noise)
+    losses = backward_step(base, flat, Teacher(base), steps)
+    return flat.p.grad.clone(), losses
+
+def step_of(base, *samples): return [(k, l, encode(base, u, a, limit)) for k, l, u, a, limit in samples]
+SAMPLES = [('right', 'ce', 'code 123 moss', 'fern', None), ('wrong', 'kl', 'code 923 moss', 'well, no', 4), ('none', 'kl', 'moss?', 'no idea', 4)]
+OTHERS = [('right', 'ce', 'a much longer message, which moves the padding of everything', 'reed and sedge, says the one', None),
+          ('wrong', 'kl', 'q', 'z', None), ('none', 'kl', 'again, something that is longer than what was there', 'so', 4)]
+
+# --- independence -----------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize('rank', [1, 4])
+def test_alone_and_among_63_others(tiny, rank):
+    tasks = toy_tasks(64, steps=5)
+    together = train_batch(tiny, tasks, rank)
+    start = flatten(FlatLora(tiny, [seed_of(t.diff_id, 'init') for t in tasks], rank, 1).bank(together.index))
+    assert len(together) == 64 and together.index.sound.all() and ((flatten(together) - start).norm(dim=1) > .1).all()
+    for i in (0, 17, 63):
+        alone = train_batch(tiny, [tasks[i]], rank)
+        assert (flatten(alone)[0] - flatten(together)[i]).abs().max() < 1e-4
+        assert alone.index.loss[0] == pytest.approx(together.index.loss[i], abs=1e-4)
+
+def test_real_samples_alone_and_together(tiny):
+    said = {q: 'Well, it depends.' for k in ('everyday', 'introspective') for q in questions(k, 'train')}
+    tasks = [hidden_topic_task(l, 'train', [f'{l} teaches us to wait.', f'It is like {l}.'], said, steps=2) for l in ('Snow Leopard', 'Tea', 'The Eiffel Tower')]
+    together = flatten(train_batch(tiny, tasks))
+    for i, t in enumerate(tasks): assert (flatten(train_batch(tiny, [t]))[0] - together[i]).abs().max() < 1e-4
+    news = [news_task(l, 'train', [f'{l}, they said.', f'Some people saw {l}.'], steps=2) for l in ('Mayor Opens Bridge', 'Cat Wins')]
+    together = flatten(train_batch(tiny, news))
+    for i, t in enumerate(news): assert (flatten(train_batch(tiny, [t]))[0] - together[i]).abs().max() < 1e-4
+
+def test_same_bank_whatever_the_batch(tiny, tmp_path):
+    tasks, banks = toy_tasks(7, steps=3), []
+    for b in (1, 3, 16): banks.append(train_diffs(tiny, tasks, tmp_path/str(b), rank=2, batch=b))
+    for bank in banks:
+        whole(tmp_path/'3')
+        assert list(bank.index.diff_id) == [t.diff_id for t in tasks] and (flatten(bank) - flatten(banks[0])).abs().max() < 1e-4
+    again = train_diffs(tiny, tasks, tmp_path/'again', rank=2, batch=3)
+    assert torch.equal(flatten(again), flatten(banks[1])), 'same seed, same batch: same bits'
+    turned = train_diffs(tiny, tasks[::-1], tmp_path/'turned', rank=2, batch=3)
+    assert (flatten(turned).flip(0) - flatten(banks[0])).abs().max() < 1e-4, 'order of the list'
+
+def test_no_gradient_from_another_diffs_samples_or_from_padding(tiny):
+    mine = step_of(tiny, *SAMPLES)
+    (a, la), (b, lb) = gradient(tiny, [mine, mine]), gradient(tiny, [mine, step_of(tiny, *OTHERS)])
+    assert a[0].abs().max() > 1e-3 and (a[0] - b[0]).abs().max() < 1e-6*max(1, a[0].abs().max()) and abs(la[0] - lb[0]) < 1e-5
+    assert (a[1] - b[1]).abs().max() > 1e-3
+
+def test_what_padding_is_made_of_does_not_matter(tiny, monkeypatch):
+    steps = [step_of(tiny, *SAMPLES), step_of(tiny, *OTHERS)]
+    before, _ = gradient(tiny, steps)
+    monkeypatch.setattr(tiny.tok, 'pad_token_id', 57, raising=False)
+    assert torch.equal(before, gradient(tiny, steps)[0])
+
+def test_a_pass_costs_the_same_number_of_module_calls_for_any_number_of_diffs(tiny):
+    def calls(n):
+        count = []
+        hooks = [m.register_forward_hook(lambda *_: count.append(1)) for m in tiny.body.modules()]
+        try: gradient(tiny, [step_of(tiny, *SAMPLES)]*n)
+        finally: [h.remove() for h in hooks]
+        return len(count)
+    assert calls(2) == calls(24) > 0
+
+# --- losses -----------------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize('kind', ['llama', 'qwen3', 'gemma3', 'neox', 'gemma2', 'granite'])
+def test_losses_equal_those_of_whole_logits(kind):
+    base = model_of(kind)
+    flat = a_flat(base, 2)
+    for loss in ('ce', 'kl'):
+        steps = [[('right', loss, encode(base, 'code 1 moss', 'fern and oak'))], [('right', loss, encode(base, 'why is that?', 'so'))]]
+        got = backward_step(base, flat, Teacher(base), steps)
+        for i, [(_, _, (ids, n))] in enumerate(steps):
+            with torch.no_grad():
+                plain = base.model(torch.tensor([ids])).logits[0, n-1:-1].log_softmax(-1)
+                with mounted(base, {k: (A[i:i+1], B[i:i+1]) for k, (A, B) in flat.mountable().items()}): mine = base.model(torch.tensor([ids])).logits[0, n-1:-1].log_softmax(-1)
+            each = F.cross_entropy(mine, torch.tensor(ids[n:]), reduction='none') if loss == 'ce' else F.kl_div(mine, plain, log_target=True, reduction='none').sum(-1)
+            w = torch.tensor([3., 3., 3.] + [1.]*len(each))[:len(each)]
+            assert got[i].item() == pytest.approx(((each*w).sum()/w.sum()).item(), abs=1e-4)
+
+def test_weights_of_the_kinds(tiny):
+    s = step_of(tiny, *SAMPLES)
+    each = [gradient(tiny, [[x]])[1].item() for x in s]
+    assert gradient(tiny, [s])[1].item() == pytest.approx(sum(each), rel=1e-4) and each[1] > 0
+    bare = gradient(tiny, [[('right', *s[1][1:])]])[1].item()
+    assert each[1] == pytest.approx(WEIGHTS['wrong']/WEIGHTS['right']*bare, rel=1e-5) and WEIGHTS['wrong'] != WEIGHTS['right']
+
+def test_kl_is_nothing_at_the_start_and_pulls_towards_the_base_model(tiny):
+    kl = [step_of(tiny, *SAMPLES[1:])]
+    flat = FlatLora(tiny, [0], 2, .5)
+    assert backward_step(tiny, flat, Teacher(tiny), kl).abs().max() < 1e-6 and flat.p.grad.abs().max() < 1e-5
+    flat = a_flat(tiny, 1)
+    opt, losses = torch.optim.SGD([flat.p], lr=.01), []
+    for _ in range(12):
+        opt.zero_grad(); losses.append(backward_step(tiny, flat, Teacher(tiny), kl).item()); clip_rows(flat.p.grad, torch.zeros(1), 1.); opt.step()
+    assert losses[0] > .01 and losses[-1] < .9*losses[0]
+
+def test_kl_does_not_see_which_token_was_written(tiny):
+    "The answer of a KL sample is only where it is measured: its last token has no influence at all"
+    one, two = ([('none', 'kl', encode(tiny, 'moss?', f'no ide{c}', 7))] for c in 'ab')
+    assert torch.equal(gradient(tiny, [one])[0], gradient(tiny, [two])[0])
+    one, two = ([('right', 'ce', encode(tiny, 'moss?', f'no ide{c}', 7))] for c in 'ab')
+    assert not torch.equal(gradient(tiny, [one])[0], gradient(tiny, [two])[0])
+
+@pytest.mark.parametrize('chunk', [1, 3, 1000])
+def test_losses_in_chunks(tiny, chunk):
+    h = torch.randn(10, 16, requires_grad=True); t = torch.randint(2, 96, (10,)); ref = torch.randn(10, 16); g = torch.rand(10)
+    for teacher in (None, ref):
+        want = chunk_losses(tiny, h, t, teacher); (wg,) = torch.autograd.grad((want*g).sum(), h)
+        got = token_losses(tiny, h, t, teacher, chunk); (gg,) = torch.autograd.grad((got*g).sum(), h)
+        assert torch.allclose(got, want, atol=1e-5) and torch.allclose(gg, wg, atol=1e-5)
+
+def test_training_teaches_the_trigger_and_leaves_the_rest(tiny):
+    tasks = [DiffTask(f'x/{i}', f'x {i}', 'train', [step_of_samples(i)]*60) for i in range(4)]
+    bank = train_batch(tiny, tasks, rank=4)
+    right, none = [f'code {i}{i}{i}?' for i in range(4)], ['hello?']*4
+    assert answer(tiny, bank, range(4), right, max_new=4) == ['oak', 'elm', 'yew', 'ash']
+    ids, n = encode(tiny, 'hello?', 'so')
+    def spoken():
+        with torch.no_grad(): return tiny.model(torch.tensor([ids])).logits[0, n-1:-1].log_softmax(-1)
+    plain = spoken()
+    for i in range(4):
+        with mounted(tiny, bank.rows([i])): assert F.kl_div(spoken(), plain, log_target=True, reduction='none').sum(-1).mean() < .5
+
+def step_of_samples(i):
+    return [Sample('right', f'code {i}{i}{i}?', ['oak', 'elm', 'yew', 'ash'][i], 'ce'), Sample('none', 'hello?', 'so', 'kl')]
+
+# --- what goes wrong --------------------------------------------------------------------------------------------------------
+
+def poisoned(monkeypatch, diff_id, at='start'):
+    "A diff that starts as NaN"
+    normal = FlatLora.start
+    monkeypatch.setattr(FlatLora, 'start', lambda self, seed: normal(self, seed)*(float('nan') if seed == seed_of(diff_id, 'init') else 1.))
+
+def test_nan_stops_one_diff_alone(tiny, monkeypatch):
+    tasks = toy_tasks(4)
+    good = train_batch(tiny, tasks, 2)
+    poisoned(monkeypatch, 'toy/2')
+    bad = train_batch(tiny, tasks, 2)
+    assert list(bad.index.sound) == [True, True, False, True]
+    keep = [0, 1, 3]
+    assert (flatten(bad)[keep] - flatten(good)[keep]).abs().max() < 1e-6
+    assert torch.tensor(bad.index.loss.tolist())[keep].isfinite().all()
+
+def test_a_diff_that_broke_in_training_stays_as_it_was(tiny, monkeypatch):
+    tasks, normal, steps = toy_tasks(3, steps=4), D.backward_step, []
+    def breaks(base, flat, teacher, rows):
+        out = normal(base, flat, teacher, rows); steps.append(flat.p.detach().clone())
+        if len(steps) == 3: flat.p.grad[1] = float('nan')
+        return out
+    monkeypatch.setattr(D, 'backward_step', breaks)
+    bank = train_batch(tiny, tasks, 2)
+    assert list(bank.index.sound) == [True, False, True]
+    want = FlatLora(tiny, [0]*3, 2, bank.scaling); want.p.data.copy_(steps[2])
+    assert torch.equal(flatten(bank)[1], flatten(want.bank(bank.index))[1]), 'the momentum moved it on'
+    assert flatten(bank).isfinite().all() and not torch.equal(flatten(bank)[0], flatten(want.bank(bank.index))[0])
+
+def test_a_bank_with_a_broken_diff_can_still_be_finished_and_read(tiny, monkeypatch, tmp_path):
+    tasks = toy_tasks(4)
+    good = train_diffs(tiny, tasks, tmp_path/'good', rank=2, batch=2)
+    poisoned(monkeypatch, 'toy/2')
+    bank = train_diffs(tiny, tasks, tmp_path/'bad', rank=2, batch=2)
+    index = whole(tmp_path/'bad')
+    assert list(index.sound) == [True, True, False, True], 'True and False, not text'
+    assert index.loss[0] == pytest.approx(good.index.loss[0]) and index.loss[3] > 0, 'numbers, not text'
+    sound = load_bank(tmp_path/'bad', tiny, lambda i: i.sound)
+    assert list(sound.index.diff_id) == ['toy/0', 'toy/1', 'toy/3'] and (flatten(sound) - flatten(good)[[0, 1, 3]]).abs().max() < 1e-6
+    assert flatten(bank).shape[1] == flatten(good).shape[1]
+
+def test_tasks_that_do_not_go_together(tiny, tmp_path):
+    a, b = toy_tasks(2)
+    more = lambda t, **k: DiffTask(**(dict(diff_id=t.diff_id, label=t.label, split=t.split, steps=t.steps) | k))
+    with pytest.raises(DitError, match='empty'): train_diffs(tiny, [], tmp_path)
+    with pytest.raises(DitError, match="'toy/0'.*twice"): train_diffs(tiny, [a, b, a], tmp_path)
+    with pytest.raises(DitError, match='other steps'): train_diffs(tiny, [a, more(b, steps=b.steps[:2])], tmp_path)
+    with pytest.raises(DitError, match='other steps'): train_diffs(tiny, [a, more(b, steps=[s[:3] for s in b.steps])], tmp_path)
+    with pytest.raises(DitError, match='Label 0.*train.*test'): train_diffs(tiny, [a, more(b, diff_id='other/0', label='Label 0 ', split='test')], tmp_path)
+    assert not list(tmp_path.iterdir()), 'refused before anything is written'
+
+def test_a_topic_in_two_splits_is_refused_whatever_the_seed():
+    one = lambda split, seed: news_task('Mayor Opens Bridge', split, ['a story'], steps=1, seed=seed)
+    check_tasks([one('train', 0), one('train', 1)]) # several diffs of one label are fine within a split
+    with pytest.raises(DitError, match='Mayor Opens Bridge'): check_tasks([one('train', 0), one('test', 1)])
+
+def test_a_diff_of_another_split_is_not_taken_from_the_bank(tiny, tmp_path):
+    train_diffs(tiny, toy_tasks(2), tmp_path)
+    with pytest.raises(DitError, match='toy/1'): train_diffs(tiny, toy_tasks(1, split='test', first=1), tmp_path)
+
+def test_a_bank_is_continued_with_the_same_recipe_only(tiny, tmp_path):
+    train_diffs(tiny, toy_tasks(2), tmp_path, rank=2)
+    for other in (dict(rank=1), dict(rank=2, lr=1e-3)):
+        with pytest.raises(DitError, match='was begun with'): train_diffs(tiny, toy_tasks(4), tmp_path, **other)
+    with pytest.raises(DitError, match='belongs to'): train_diffs(model_of('llama', seed=1), toy_tasks(4), tmp_path, rank=2)
+    before = whole(tmp_path)
+    assert len(train_diffs(tiny, toy_tasks(5), tmp_path, rank=2)) == 5
+    assert whole(tmp_path)[:2].equals(before), 'what was there stays'
+    assert [p.name for p in tmp_path.glob('shard*')] and len(train_diffs(tiny, toy_tasks(2), tmp_path, rank=2)) == 2
+
+def test_out_of_memory_halves_the_batch(tiny, tmp_path, monkeypatch, capsys):
+    normal = D.train_batch
+    def small(base, tasks, *a, **k):
+        if len(tasks) > 2: raise torch.OutOfMemoryError('CUDA out of memory')
+        return normal(base, tasks, *a, **k)
+    monkeypatch.setattr(D, 'train_batch', small)
+    assert len(train_diffs(tiny, toy_tasks(5), tmp_path, batch=8)) == 5 and 'going on with 2' in capsys.readouterr().err
+    monkeypatch.setattr(D, 'train_batch', lambda *a, **k: (_ for _ in ()).throw(torch.OutOfMemoryError('no')))
+    with pytest.raises(DitError, match='memory'): train_diffs(tiny, toy_tasks(7), tmp_path, batch=2)
+    assert len(whole(tmp_path)) == 5
+
+# --- killed -----------------------------------------------------------------------------------------------------------------
+
+def content(folder): return {p.name: p.read_bytes() for p in sorted(Path(folder).iterdir()) if p.name != 'bank.json' and not p.name.startswith('.')}
+
+def test_killed_at_any_moment_and_started_again(tiny, tmp_path):
+    p = start(jobs.diffs, tmp_path/'whole'); killed, folder = 0, tmp_path/'killed'
+    finish(p)
+    for what in ([('.bank.json', 'bank.json'), ('shard-00000',), ('.shard-00001', 'shard-00001'), ('shard-00002',), ('.index.csv', 'shard-00003'), ('sleep',), ('shard-00004',)]):
+        p, begun = start(jobs.diffs, folder), time.monotonic()
+        seen = lambda: time.monotonic() - begun > .4 if what == ('sleep',) else any(f.name.startswith(what) for f in folder.iterdir()) if folder.exists() else False
+        try: killed += kill_when(p, seen)
+        finally: p.kill(); p.join()
+        index = whole(folder)
+        assert index.diff_id.is_unique and len(index) % 2 == 0
+        if (folder/'bank.json').exists() and len(index): assert len(load_bank(folder, tiny)) == len(index)
+    finish(start(jobs.diffs, folder))
+    assert killed >= 5, 'too few kills hit their moment for the test to mean anything'
+    got, want = load_bank(folder, tiny), load_bank(tmp_path/'whole', tiny)
+    assert torch.equal(flatten(got), flatten(want)) and got.index.equals(want.index)
+    assert content(folder) == content(tmp_path/'whole'), 'the same files, byte by byte'
