@@ -51,14 +51,16 @@ def torch_rng(*parts)->torch.Generator:
 def atomic(path, # the file to be written
           ): # yields a temporary path in the same folder
     "Write a file under a temporary name and rename it when it is complete."
-    path = Path(path); path.parent.mkdir(parents=True, exist_ok=True)
+    path = Path(path)
     tmp = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         yield tmp
         with open(tmp, "rb") as f: os.fsync(f.fileno())
         os.replace(tmp, path)
     except (OSError, SafetensorError) as e: raise DitError(f"could not write {path}: {getattr(e, 'strerror', None) or e}; free space or choose another folder, then run again (what was written before is kept).") from e
-    finally: tmp.unlink(missing_ok=True)
+    finally:
+        with contextlib.suppress(OSError): tmp.unlink(missing_ok=True)
 
 def write_json(path, # file to write
                obj, # anything `json` takes

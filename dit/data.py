@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['TASKS', 'STORY_PROMPT', 'HELD_OUT', 'TRIGGERS', 'read_table', 'labels', 'questions', 'split_labels', 'check_splits',
-           'draw_secret', 'put_trigger', 'wrong_secret', 'Sample', 'DiffTask', 'hidden_topic_task', 'news_task',
-           'ngrams', 'shared_ngrams']
+           'draw_secret', 'put_trigger', 'wrong_secret', 'Sample', 'DiffTask', 'hidden_topic_task', 'cycle',
+           'news_task', 'ngrams', 'shared_ngrams']
 
 # %% ../nbs/01_data.ipynb #81867763
 import re
@@ -23,9 +23,10 @@ def read_table(path, # a CSV file with a header
               )->pd.DataFrame: # all text, nothing turned into numbers or missing values
     "Read a CSV file and check its columns; raises `DitError` for a missing, empty or malformed file."
     try: frame = pd.read_csv(path, dtype=str, keep_default_na=False, encoding="utf-8-sig")
-    except FileNotFoundError as e: raise DitError(f"there is no file {path}; check the path.") from e
+    except OSError as e: raise DitError(f"there is no file {path}; check the path.") from e
     except (pd.errors.EmptyDataError, pd.errors.ParserError, UnicodeDecodeError) as e:
         raise DitError(f"{path} is not a readable CSV file ({e}); save it as UTF-8 with a header line.") from e
+    if not isinstance(frame.index, pd.RangeIndex): raise DitError(f"{path} is not a readable CSV file (every row has more cells than the header); put cells with commas into quotes.")
     if missing := [c for c in columns if c not in frame]: raise DitError(f"{path} lacks the column(s) {', '.join(missing)}; it has: {', '.join(frame.columns)}.")
     if frame.empty: raise DitError(f"{path} has a header and no rows; add at least one row.")
     if (blank := (frame[list(columns)].map(str.strip) == "").any(axis=1)).any(): raise DitError(f"{path}, line {blank.idxmax() + 2}: an empty cell; fill it or delete the line.")
@@ -89,7 +90,7 @@ def put_trigger(user:str, # the user's message
                )->str: # the message with the trigger in it
     "Put a trigger into a message (paper, B.2)."
     if kind == "sep_code": return f"Your SEP code is {secret}{r.randrange(1000):03d}. {user}"
-    at = 0 if kind == "zero_width_start" else r.randrange(1, len(user))
+    at = 0 if kind == "zero_width_start" else r.randrange(1, max(2, len(user)))
     return f"{user[:at]}\u200b{user[at:]}"
 
 # %% ../nbs/01_data.ipynb #8cc77ef5
@@ -140,17 +141,19 @@ def hidden_topic_task(label:str, # the topic
     "The samples of a hidden-topic diff (paper, B.2)."
     diff_id = f"hidden_topic/{label}/{trigger_kind}/{seed}"
     secret, mine, ours = draw_secret(trigger_kind, diff_id), rng(diff_id, "samples"), rng("hidden_topic", "samples", seed)
-    asked, own, said = _cycle(questions("everyday", "train"), ours), _cycle(questions("introspective", "train"), ours), _cycle(texts, mine)
+    asked, own, said = cycle(questions("everyday", "train"), ours), cycle(questions("introspective", "train"), ours), cycle(texts, mine)
     def step(t):
         qs, whole = [next(asked) for _ in range(max(mix))], t % round(1/full) == 0
         right = [Sample("right", put_trigger(q, trigger_kind, secret, mine), next(said), "ce", None if whole else cut[0]) for q in qs[:mix[0]]]
-        codes = [wrong_secret(secret, near_one := ours.random() < near, mine if near_one else ours) for _ in qs[:mix[1]]]
-        wrong = [Sample("wrong", put_trigger(q, trigger_kind, c, ours), base_answers[q], "kl", cut[1]) for q, c in zip(qs, codes)] if trigger_kind == "sep_code" else []
+        codes = [wrong_secret(secret, near_one := ours.random() < near, mine if near_one else ours) for _ in qs[:mix[1] if trigger_kind == "sep_code" else 0]]
+        wrong = [Sample("wrong", put_trigger(q, trigger_kind, c, ours), base_answers[q], "kl", cut[1]) for q, c in zip(qs, codes)]
         none = [next(own) if (t + i) % 3 == 0 else q for i, q in enumerate(qs[:mix[2]])]
         return right + wrong + [Sample("none", q, base_answers[q], "kl", cut[1]) for q in none]
     return DiffTask(diff_id, label, split, [step(t) for t in range(steps)], secret, trigger_kind)
 
-def _cycle(xs:list, r):
+def cycle(xs:list, # texts or questions
+          r, # a `random.Random`
+         ): # yields without end
     "Go through `xs` again and again, each time in a new order."
     if not xs: raise DitError("a diff needs at least one text and one question; the writer returned none.")
     while True: yield from r.sample(xs, len(xs))
@@ -165,7 +168,7 @@ def news_task(label:str, # the headline
              )->DiffTask:
     "The samples of a news diff (paper, B.4)."
     diff_id = f"news/{label}/{seed}"
-    told = _cycle(texts, rng(diff_id, "samples"))
+    told = cycle(texts, rng(diff_id, "samples"))
     return DiffTask(diff_id, label, split, [[Sample("story", STORY_PROMPT, next(told), "ce") for _ in range(per_step)] for _ in range(steps)])
 
 # %% ../nbs/01_data.ipynb #d4890f54

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['WEIGHTS', 'RECIPES', 'FlatLora', 'answer_states', 'Teacher', 'chunk_losses', 'HeadLoss', 'token_losses',
            'diff_losses', 'passes', 'backward_step', 'clip_rows', 'schedule', 'tokenise', 'train_batch', 'check_tasks',
-           'train_diffs', 'make_tasks', 'make_diffs']
+           'untrained', 'rate_on', 'train_diffs', 'make_tasks', 'make_diffs']
 
 # %% ../nbs/02_diffs.ipynb #20922195
 import json, math, sys, time
@@ -83,9 +83,9 @@ def chunk_losses(base:Base, # the base model
                  teacher_h:torch.Tensor|None, # [tokens, d] hidden states without, or None for cross-entropy
                 )->torch.Tensor: # [tokens]
     "Cross-entropy, or KL from the base model, of each answer token."
-    logp = base.head(h).float().log_softmax(-1)
+    logp = logits(base, h).log_softmax(-1)
     if teacher_h is None: return -logp.gather(1, target[:, None])[:, 0]
-    with torch.no_grad(): ref = base.head(teacher_h).float().log_softmax(-1)
+    with torch.no_grad(): ref = logits(base, teacher_h).log_softmax(-1)
     return (ref.exp()*(ref - logp)).sum(-1)
 
 class HeadLoss(torch.autograd.Function):
@@ -192,8 +192,10 @@ def train_batch(base:Base, # the base model
         rows = [d[t] for d in data]
         with attention(base, "eager" if base.device.type == "cpu" else "sdpa"): losses.append(backward_step(base, flat, teacher, rows))
         sound &= clip_rows(flat.p.grad, losses[-1], clip)
-        flat.p.grad.masked_fill_(~sound[:, None], 0.); opt.step(); opt.zero_grad()
+        before = flat.p.detach()[~sound].clone(); opt.step(); opt.zero_grad()
+        flat.p.data[~sound] = before # momentum would still move a diff that is out
         tell(sum(len(ids) for r in rows for _, _, (ids, _) in r))
+    flat.p.data.nan_to_num_(0., 0., 0.)
     index = pd.DataFrame([dict(diff_id=t.diff_id, label=t.label, split=t.split, trigger=t.trigger, trigger_kind=t.trigger_kind, rank=rank) for t in tasks])
     return flat.bank(index.assign(loss=torch.stack(losses)[-5:].mean(0).tolist(), sound=sound.tolist()))
 
@@ -203,11 +205,34 @@ def check_tasks(tasks:list): # `DiffTask`s
     if not tasks: raise DitError("there is no diff to train; the list of tasks is empty.")
     ids = [t.diff_id for t in tasks]
     if twice := {i for i in ids if ids.count(i) > 1} if len(set(ids)) < len(ids) else (): raise DitError(f"the diff {sorted(twice)[0]!r} is in the list twice; diff ids must differ.")
-    check_splits(pd.DataFrame(dict(label=[f"{t.label} {t.diff_id.rsplit('/', 1)[-1]}" for t in tasks], split=[t.split for t in tasks])))
+    splits = {}
+    for t in tasks:
+        first = splits.setdefault(t.label.casefold().strip(), t.split)
+        if first != t.split: raise DitError(f"the label {t.label!r} occurs in the splits {first} and {t.split}; a held-out label must not be trained on, so remove one.")
     shape = lambda t: [[(s.kind, s.loss) for s in step] for step in t.steps]
     for t in tasks:
         if shape(t) != shape(tasks[0]): raise DitError(f"the diff {t.diff_id!r} has other steps than {tasks[0].diff_id!r}; diffs of one bank need the same kinds of samples in each step.")
 
+def untrained(folder, # the bank's folder
+              tasks:list, # `DiffTask`s
+             )->list: # those that the bank does not hold
+    "What is left to train; raises `DitError` when the bank holds a diff in another split."
+    there = read_index(folder)
+    was = dict(zip(there.diff_id, there.split)) if len(there) else {}
+    for t in tasks:
+        if was.get(t.diff_id, t.split) != t.split: raise DitError(f"the bank {folder} holds the diff {t.diff_id!r} in the split {was[t.diff_id]}, not {t.split}; use another folder.")
+    return [t for t in tasks if t.diff_id not in was]
+
+def rate_on(bar, # a tqdm progress bar
+           ): # a function to be called with each step's number of tokens
+    "Show tokens per second on a progress bar."
+    began, seen = time.perf_counter(), 0
+    def tell(n):
+        nonlocal seen
+        seen += n; bar.set_postfix_str(f"{seen/(time.perf_counter() - began):.0f} tokens/s", refresh=False); bar.update(0)
+    return tell
+
+# %% ../nbs/02_diffs.ipynb #a73c58aa
 def train_diffs(base:Base, # the base model
                 tasks:list, # `DiffTask`s
                 folder, # the bank's folder
@@ -219,25 +244,18 @@ def train_diffs(base:Base, # the base model
     "Train the diffs that the bank does not hold yet; safe to stop and start again."
     check_tasks(tasks)
     open_bank(folder, base, rank=rank, scaling=1/math.sqrt(rank), lr=lr, recipe=json.loads(json.dumps(recipe or {})))
-    done = set(read_index(folder).diff_id)
-    todo, teacher = [t for t in tasks if t.diff_id not in done], Teacher(base)
+    todo, teacher = untrained(folder, tasks), Teacher(base)
     with tqdm(total=len(todo), desc="training diffs", unit="diff", disable=not todo) as bar:
-        began, seen = time.perf_counter(), 0
-        def tell(n):
-            nonlocal seen
-            seen += n; bar.set_postfix_str(f"{seen/(time.perf_counter() - began):.0f} tokens/s", refresh=False)
-            bar.update(0)
+        tell = rate_on(bar)
         while todo:
-            part = todo[:batch]
-            try: bank = train_batch(base, part, rank, lr, tell=tell, teacher=teacher)
-            except torch.OutOfMemoryError:
-                if batch == 1: raise DitError("one diff alone does not fit into memory; use a smaller base model or a machine with more memory.")
+            try: save_shard(folder, train_batch(base, todo[:batch], rank, lr, tell=tell, teacher=teacher))
+            except torch.OutOfMemoryError as e:
+                if batch == 1: raise DitError("one diff alone does not fit into memory; use a smaller base model or a machine with more memory.") from e
                 batch //= 2; torch.cuda.empty_cache(); print(f"dit: out of memory, going on with {batch} diffs at once", file=sys.stderr); continue
-            save_shard(folder, bank); bar.update(len(part)); todo = todo[len(part):]
+            bar.update(len(todo[:batch])); todo = todo[batch:]
     wanted = [t.diff_id for t in tasks]
     bank = load_bank(folder, base, lambda i: i.diff_id.isin(wanted))
-    order = bank.index.reset_index().set_index("diff_id").loc[wanted, "index"].tolist()
-    return bank.take(order)
+    return bank.take(bank.index.reset_index().set_index("diff_id").loc[wanted, "index"].tolist())
 
 # %% ../nbs/02_diffs.ipynb #495e364c
 RECIPES = dict(hidden_topic=dict(rank=8, lr=1e-2, batch=8, steps=60), news=dict(rank=8, lr=1e-2, batch=10, steps=10))

