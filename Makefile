@@ -88,7 +88,7 @@ sync: $(VENV)/.installed
 
 # The README is the index notebook, executed: its tables are computed from results/.
 readme: $(VENV)/.installed
-	@$(RUN) jupyter nbconvert --log-level WARN --execute --no-input --to markdown nbs/index.ipynb --output-dir . --output README
+	@$(RUN) jupyter nbconvert --log-level WARN --execute --no-input --ExecutePreprocessor.kernel_name=python3 --to markdown nbs/index.ipynb --output-dir . --output README
 	@sed -i.bak 's#(\.\./figures/#(figures/#' README.md && rm README.md.bak
 	@echo 'README.md is built from nbs/index.ipynb.'
 

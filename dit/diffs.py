@@ -11,7 +11,7 @@ __all__ = ['WEIGHTS', 'RECIPES', 'FlatLora', 'answer_states', 'Teacher', 'chunk_
 import json, math, sys, time
 from pathlib import Path
 import pandas as pd, torch
-from tqdm.auto import tqdm
+from tqdm import tqdm
 from .core import *
 from .models import *
 from .data import *

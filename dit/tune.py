@@ -10,7 +10,7 @@ import io, json, math
 from pathlib import Path
 import pandas as pd, torch
 from accelerate import Accelerator
-from tqdm.auto import tqdm
+from tqdm import tqdm
 from .core import *
 from .models import *
 from .data import *

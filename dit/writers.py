@@ -14,7 +14,7 @@ from pathlib import Path
 import openai
 import pandas as pd
 from fastcore.basics import patch
-from tqdm.auto import tqdm
+from tqdm import tqdm
 from .core import *
 from .data import *
 from .models import *
