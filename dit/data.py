@@ -151,6 +151,7 @@ def hidden_topic_task(label:str, # the topic
         return right + wrong + [Sample("none", q, base_answers[q], "kl", cut[1]) for q in none]
     return DiffTask(diff_id, label, split, [step(t) for t in range(steps)], secret, trigger_kind)
 
+# %% ../nbs/01_data.ipynb #b80062b9
 def cycle(xs:list, # texts or questions
           r, # a `random.Random`
          ): # yields without end

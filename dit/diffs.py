@@ -88,6 +88,7 @@ def chunk_losses(base:Base, # the base model
     with torch.no_grad(): ref = logits(base, teacher_h).log_softmax(-1)
     return (ref.exp()*(ref - logp)).sum(-1)
 
+# %% ../nbs/02_diffs.ipynb #6cbc1dda
 class HeadLoss(torch.autograd.Function):
     "`chunk_losses` over many tokens without ever holding all their logits: each chunk's gradient is taken on the spot."
     @staticmethod
@@ -104,6 +105,7 @@ class HeadLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx, g): return ctx.saved_tensors[0]*g[:, None].to(ctx.saved_tensors[0].dtype), None, None, None, None
 
+# %% ../nbs/02_diffs.ipynb #5ca51795
 def token_losses(base:Base, h:torch.Tensor, target:torch.Tensor, teacher_h:torch.Tensor|None=None, chunk:int=128)->torch.Tensor:
     "Losses of answer tokens, as `chunk_losses`, in little memory."
     return HeadLoss.apply(h, base, target, teacher_h, chunk)
@@ -168,12 +170,14 @@ def schedule(t:int, # step, from 0
     w = max(1, round(warm*steps))
     return (t + 1)/w if t < w else .5*(1 + math.cos(math.pi*(t - w)/(steps - w)))
 
+# %% ../nbs/02_diffs.ipynb #8f9bdd63
 def tokenise(base:Base, # the base model
              task:DiffTask, # one diff's samples
             )->list: # per step: one (kind, loss, (ids, number of prompt tokens)) per sample
     "Turn a task's samples into tokens."
     return [[(s.kind, s.loss, encode(base, s.user, s.answer, s.limit)) for s in step] for step in task.steps]
 
+# %% ../nbs/02_diffs.ipynb #094f6480
 def train_batch(base:Base, # the base model
                 tasks:list, # `DiffTask`s with the same number of steps and samples
                 rank:int=1, # of each diff
@@ -213,6 +217,7 @@ def check_tasks(tasks:list): # `DiffTask`s
     for t in tasks:
         if shape(t) != shape(tasks[0]): raise DitError(f"the diff {t.diff_id!r} has other steps than {tasks[0].diff_id!r}; diffs of one bank need the same kinds of samples in each step.")
 
+# %% ../nbs/02_diffs.ipynb #7f4ce040
 def untrained(folder, # the bank's folder
               tasks:list, # `DiffTask`s
              )->list: # those that the bank does not hold
@@ -223,6 +228,7 @@ def untrained(folder, # the bank's folder
         if was.get(t.diff_id, t.split) != t.split: raise DitError(f"the bank {folder} holds the diff {t.diff_id!r} in the split {was[t.diff_id]}, not {t.split}; use another folder.")
     return [t for t in tasks if t.diff_id not in was]
 
+# %% ../nbs/02_diffs.ipynb #810d77bc
 def rate_on(bar, # a tqdm progress bar
            ): # a function to be called with each step's number of tokens
     "Show tokens per second on a progress bar."

