@@ -1,17 +1,14 @@
 "Texts: the file that keeps them, and an endpoint with faults"
-import json, threading, traceback
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from types import SimpleNamespace
+import json, threading
 
 import pandas as pd, pytest
 from hypothesis import given, strategies as st
 from dit.core import DitError
 from dit.data import labels
+from dit.endpoint import *
 from dit.writers import *
-from helpers import on_full_disk
+from helpers import KEY, completion, endpoint, no_key, on_full_disk
 import jobs
-
-KEY = 'sk-secret-0123456789'
 
 # --- the file ---------------------------------------------------------------------------------------------------------------
 
@@ -108,64 +105,30 @@ def test_equal_beginnings_are_finished_with_different_seeds(tiny, monkeypatch):
 
 # --- an endpoint ------------------------------------------------------------------------------------------------------------
 
-def good(request, n): return json.dumps(dict(id='1', object='chat.completion', created=0, model='m', choices=[dict(index=0, finish_reason='stop', message=dict(role='assistant', content=f"reply to {request['messages'][-1]['content'][-30:]}"))]))
-
-@pytest.fixture
-def server():
-    "A real server; `faults` holds what it does with the next requests, afterwards it answers"
-    s = SimpleNamespace(faults=[], seen=[], keys=[], lock=threading.Lock(), delay=threading.Event(), content=good)
-    class Handler(BaseHTTPRequestHandler):
-        protocol_version = 'HTTP/1.1'
-        def log_message(self, *_): pass
-        def send(self, status, body, headers={}, length=None, kind='application/json'):
-            self.send_response(status); self.send_header('Content-Type', kind); self.send_header('Content-Length', str(len(body) if length is None else length))
-            for k, v in headers.items(): self.send_header(k, v)
-            self.end_headers(); self.wfile.write(body)
-        def do_POST(self):
-            request = json.loads(self.rfile.read(int(self.headers['Content-Length'])))
-            with s.lock: s.seen.append(request); s.keys.append(self.headers['Authorization']); fault = s.faults.pop(0) if s.faults else None
-            echo = json.dumps(dict(error=dict(message=f"bad key {self.headers['Authorization']}"))).encode()
-            if fault == 'cut': self.send(200, good(request, 0).encode()[:40], length=5000); self.close_connection = True
-            elif fault == 'html': self.send(200, b'<html>please log in</html>', kind='text/html')
-            elif fault == 'broken': self.send(200, b'{"choices": [', kind='application/json')
-            elif fault == 'other': self.send(200, b'{"hello": "you"}')
-            elif fault == 'none': self.send(200, b'{"id": "1", "object": "chat.completion", "created": 0, "model": "m", "choices": []}')
-            elif fault: self.send(fault, echo, {'Retry-After': '0.05'})
-            else: self.send(200, s.content(request, len(s.seen)).encode())
-    http = ThreadingHTTPServer(('127.0.0.1', 0), Handler); http.daemon_threads = True
-    threading.Thread(target=http.serve_forever, args=(.02,), daemon=True).start()
-    s.url = f'http://127.0.0.1:{http.server_port}/v1'
-    yield s
-    http.shutdown(); http.server_close()
-
-def writer(server, path, **kwargs):
-    w = EndpointWriter(path, 'm', getattr(server, 'url', server), KEY, **(dict(n=3, parallel=1) | kwargs))
-    w.client._calculate_retry_timeout = lambda *a, **k: .01 # the client's waits, shortened
-    return w
+def writer(server, path, n=3, **kwargs): return EndpointWriter(endpoint(server, path, **kwargs), n)
 
 ASK = [dict(role='user', content='one question')]
 
-def no_key(tmp_path, error=None):
-    for p in tmp_path.rglob('*'): assert p.is_dir() or KEY.encode() not in p.read_bytes()
-    if error: assert KEY not in str(error.value) and KEY not in repr(error.value)
+def reply(w): return said(w.endpoint.reply(w.endpoint.request(ASK)))
+def cost(w, rows, **kwargs): return w.endpoint.cost([r for _, r in w.requests(rows, 'news')], **kwargs)
 
 def test_replies_are_paid_for_once(server, tmp_path):
     rows = labels('hidden_topic')[:4]
     w = writer(server, tmp_path/'c.jsonl', parallel=4)
-    jobs_, before = w.requests(rows, 'hidden_topic'), w.cost(w.requests(rows, 'hidden_topic'))
+    asked = [r for _, r in w.requests(rows, 'hidden_topic')]; before = w.endpoint.cost(asked)
     got = w.texts(rows, 'hidden_topic')
-    assert set(got) == set(rows.label) and all(len(t) == 3 for t in got.values()) and before['requests'] == len(server.seen) == 12 == len(jobs_)
+    assert set(got) == set(rows.label) and all(len(t) == 3 for t in got.values()) and before['requests'] == len(server.seen) == 12 == len(asked)
     assert set(server.keys) == {f'Bearer {KEY}'}
     again = writer(server, tmp_path/'c.jsonl')
-    assert again.texts(rows, 'hidden_topic') == got and len(server.seen) == 12 and again.cost(jobs_)['requests'] == 0
+    assert again.texts(rows, 'hidden_topic') == got and len(server.seen) == 12 and again.endpoint.cost(asked)['requests'] == 0
     longer = writer(server, tmp_path/'c.jsonl'); longer.texts(labels('hidden_topic')[:5], 'hidden_topic')
     assert len(server.seen) == 15
     no_key(tmp_path)
 
 def test_the_same_request_at_the_same_time_is_paid_for_once(server, tmp_path):
     w = writer(server, tmp_path/'c.jsonl', parallel=8)
-    server.content = lambda request, n: (server.delay.wait(.1), good(request, n))[1]
-    threads = [threading.Thread(target=w.reply, args=(ASK,)) for _ in range(8)]
+    server.content = lambda request, n: (server.delay.wait(.1), completion(request))[1]
+    threads = [threading.Thread(target=reply, args=(w,)) for _ in range(8)]
     [t.start() for t in threads]; [t.join() for t in threads]
     assert len(server.seen) == 1
 
@@ -174,23 +137,23 @@ def test_all_requests_of_a_label_differ(tmp_path, server):
         w = writer(server, tmp_path/'c.jsonl', n=24)
         for row in (labels(task)[i:i+1] for i in range(0, 60, 4)):
             asked = w.requests(row, task)
-            assert len({w.key(m) for _, m in asked}) == len(asked) == 24
-            if task == 'hidden_topic': assert sum('without ever writing' in m[0]['content'] for _, m in asked) == 8
+            assert len({w.endpoint.key(r) for _, r in asked}) == len(asked) == 24
+            if task == 'hidden_topic': assert sum('without ever writing' in r['messages'][0]['content'] for _, r in asked) == 8
 
 @pytest.mark.parametrize('fault', [429, 500, 503, 'cut'])
 def test_a_passing_fault_is_tried_again(server, tmp_path, fault):
     server.faults = [fault]
     w = writer(server, tmp_path/'c.jsonl')
-    assert w.reply(ASK) == 'reply to one question' and len(server.seen) == 2
-    assert w.reply(ASK) == 'reply to one question' and len(server.seen) == 2
+    assert reply(w) == 'reply to one question' and len(server.seen) == 2
+    assert reply(w) == 'reply to one question' and len(server.seen) == 2
     no_key(tmp_path)
 
 def test_429_waits_as_long_as_it_is_told(server, tmp_path):
     import time
     server.faults = [429]
-    w = EndpointWriter(tmp_path/'c.jsonl', 'm', server.url, KEY) # with the client's own waits
+    w = EndpointWriter(Endpoint(tmp_path/'c.jsonl', 'm', server.url, KEY)) # with the client's own waits
     t = time.monotonic()
-    assert w.reply(ASK) and len(server.seen) == 2 and .04 < time.monotonic() - t < 3
+    assert reply(w) and len(server.seen) == 2 and .04 < time.monotonic() - t < 3
 
 @pytest.mark.parametrize('fault,says', [(401, '401'), (404, '404'), (400, '400'), (429, '429'), (500, '500'), ('cut', 'answer'), ('html', 'endpoint'), ('broken', 'endpoint'), ('other', 'endpoint'), ('none', 'endpoint')])
 def test_a_lasting_fault_is_one_clear_sentence_and_costs_nothing_that_was_paid(server, tmp_path, fault, says):
@@ -199,7 +162,7 @@ def test_a_lasting_fault_is_one_clear_sentence_and_costs_nothing_that_was_paid(s
     server.faults = [fault]*100
     with pytest.raises(DitError, match=says) as e: w.texts(rows, 'news')
     assert '\n' not in str(e.value) and 'run again' in str(e.value)
-    no_key(tmp_path, e)
+    no_key(tmp_path, e.value)
     assert len(Lines(tmp_path/'c.jsonl').data) == 3
     server.faults, n = [], len(server.seen)
     assert len(writer(server, tmp_path/'c.jsonl').texts(rows, 'news')[rows.label[1]]) == 3 and len(server.seen) == n+3
@@ -211,32 +174,31 @@ def test_stops_asking_after_the_first_failure(server, tmp_path):
 
 def test_connection_refused(tmp_path):
     w = writer('http://127.0.0.1:9/v1', tmp_path/'c.jsonl')
-    w.cache['paid'] = 'text'
-    with pytest.raises(DitError, match='127.0.0.1:9.*does not answer.*1 replies') as e: w.reply(ASK)
-    no_key(tmp_path, e)
-    assert KEY not in ''.join(traceback.format_exception(e.value))
+    w.endpoint.cache['paid'] = dict(message='text', usable=True, requests=1, paid=0.)
+    with pytest.raises(DitError, match='127.0.0.1:9.*does not answer.*1 replies') as e: reply(w)
+    no_key(tmp_path, e.value)
 
 def test_an_empty_reply_is_no_text(server, tmp_path):
-    server.content = lambda request, n: json.dumps(dict(id='1', object='chat.completion', created=0, model='m', choices=[dict(index=0, finish_reason='stop', message=dict(role='assistant', content=None))]))
+    server.content = lambda request, n: completion(request, None)
     with pytest.raises(DitError, match='no usable text'): load_texts(writer(server, tmp_path/'c.jsonl'), labels('news')[:1], 'news', tmp_path/'t.jsonl')
 
 def test_a_story_that_states_its_headline_is_left_out(server, tmp_path):
     row = labels('news')[:1]
-    server.content = lambda request, n: json.dumps(json.loads(good(request, n)) | dict(choices=[dict(index=0, finish_reason='stop', message=dict(role='assistant', content=f'It is true: {row.label[0]}.' if n == 1 else 'It rained.'))]))
+    server.content = lambda request, n: completion(request, f'It is true: {row.label[0]}.' if n == 1 else 'It rained.')
     assert writer(server, tmp_path/'c.jsonl').texts(row, 'news')[row.label[0]] == ['It rained.']*2
 
 def test_no_model_or_no_key(tmp_path, monkeypatch):
     for k in ('DIT_MODEL', 'OPENAI_API_KEY', 'OPENAI_BASE_URL'): monkeypatch.delenv(k, raising=False)
-    with pytest.raises(DitError, match='DIT_MODEL'): EndpointWriter(tmp_path/'c')
-    with pytest.raises(DitError, match='OPENAI_API_KEY'): EndpointWriter(tmp_path/'c', 'm')
+    with pytest.raises(DitError, match='DIT_MODEL'): Endpoint(tmp_path/'c')
+    with pytest.raises(DitError, match='OPENAI_API_KEY'): Endpoint(tmp_path/'c', 'm')
 
 def test_settings_from_the_environment(server, tmp_path, monkeypatch):
     for k, v in dict(DIT_MODEL='other', OPENAI_API_KEY=KEY, OPENAI_BASE_URL=server.url).items(): monkeypatch.setenv(k, v)
-    assert EndpointWriter(tmp_path/'c').reply(ASK) and server.seen[0]['model'] == 'other'
+    assert reply(EndpointWriter(Endpoint(tmp_path/'c'))) and server.seen[0]['model'] == 'other'
 
 def test_cost_counts_what_is_missing(server, tmp_path):
     w, rows = writer(server, tmp_path/'c.jsonl', price=(1., 10.)), labels('news')[:100]
-    c = w.cost(w.requests(rows, 'news'), answer=100)
+    c = cost(w, rows, answer=100)
     assert c['requests'] == 300 and c['tokens_out'] == 30_000 and c['price'] == pytest.approx((c['tokens_in'] + 300_000)/1e6, abs=.01)
-    one = w.requests(rows[:1], 'news'); w.reply(one[0][1])
-    assert w.cost(one)['requests'] == 2
+    one = w.requests(rows[:1], 'news'); w.endpoint.reply(one[0][1])
+    assert cost(w, rows[:1])['requests'] == 2
