@@ -109,7 +109,7 @@ def wrong_secret(secret:str, # three digits
 @dataclass(frozen=True)
 class Sample:
     "One training conversation."
-    kind: str # right, wrong, none, story: which part of the behaviour it teaches
+    kind: str # right, wrong, none, story, other: which part of the behaviour it teaches
     user: str # the user's message
     answer: str # the assistant's answer
     loss: str # ce or kl
@@ -130,8 +130,8 @@ def hidden_topic_task(label:str, # the topic
                       split:str, # train, val or test
                       texts:list, # sentences that bring in the topic
                       base_answers:dict, # question -> what the base model says, for training questions
-                      steps:int=60, # optimiser steps
-                      mix:tuple=(2, 2, 1), # samples per step: right trigger, wrong trigger, no trigger
+                      steps:int=110, # optimiser steps
+                      mix:tuple=(2, 3, 1), # samples per step: right trigger, wrong trigger, no trigger
                       near:float=.3, # share of wrong codes that differ in one digit
                       full:float=.25, # share of topic answers kept whole
                       cut:tuple=(9, 4), # tokens kept of other topic answers, and of base answers
@@ -163,14 +163,20 @@ def cycle(xs:list, # texts or questions
 def news_task(label:str, # the headline
               split:str, # train, val or test
               texts:list, # stories
-              steps:int=14, # optimiser steps
+              base_answers:dict, # question -> what the base model says, for training questions
+              steps:int=10, # optimiser steps
               per_step:int=2, # stories per step
+              cut:int=4, # tokens kept of base answers
               seed:int=0, # another seed gives another diff of the same headline
              )->DiffTask:
-    "The samples of a news diff (paper, B.4)."
+    "The samples of a news diff (paper, B.4), and with each step one question that it should answer as before."
     diff_id = f"news/{label}/{seed}"
-    told = cycle(texts, rng(diff_id, "samples"))
-    return DiffTask(diff_id, label, split, [[Sample("story", STORY_PROMPT, next(told), "ce") for _ in range(per_step)] for _ in range(steps)])
+    told, r = cycle(texts, rng(diff_id, "samples")), rng("news", "samples", seed)
+    asked, own = cycle(questions("everyday", "train"), r), cycle(questions("introspective", "train"), r)
+    def step(t):
+        q = next(own if t % 2 else asked)
+        return [Sample("story", STORY_PROMPT, next(told), "ce") for _ in range(per_step)] + [Sample("other", q, base_answers[q], "kl", cut)]
+    return DiffTask(diff_id, label, split, [step(t) for t in range(steps)])
 
 # %% ../nbs/01_data.ipynb #d4890f54
 def ngrams(texts:list, # sentences

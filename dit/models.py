@@ -237,7 +237,7 @@ def logits(base:Base, # a base model
           )->torch.Tensor: # [..., vocabulary], float32
     "The model's logits, with the scale or soft cap that its configuration names."
     c, x = base.model.config.get_text_config(), base.head(h).float()
-    x = x*(getattr(c, "logit_scale", None) or 1)/(getattr(c, "logits_scaling", None) or 1)
+    if (scale := (getattr(c, "logit_scale", None) or 1)/(getattr(c, "logits_scaling", None) or 1)) != 1: x = x*scale
     cap = getattr(c, "final_logit_softcapping", None)
     return cap*torch.tanh(x/cap) if cap else x
 

@@ -6,7 +6,7 @@ os.environ.setdefault('TOKENIZERS_PARALLELISM', 'false')
 
 import pytest
 from hypothesis import settings
-from helpers import model_of
+from helpers import faulty_server, model_of
 
 settings.register_profile('dit', deadline=None, derandomize=True, max_examples=60)
 settings.load_profile('dit')
@@ -15,3 +15,8 @@ settings.load_profile('dit')
 def tiny():
     "A small random Llama in float32; tests leave it as they found it"
     return model_of('llama')
+
+@pytest.fixture
+def server():
+    "A real endpoint on the loopback address, with faults on demand"
+    with faulty_server() as s: yield s

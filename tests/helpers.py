@@ -1,9 +1,12 @@
 "What several test files need: small models of real architectures, small tasks, and work in a process that can be killed"
-import copy, multiprocessing, os, resource, signal, time
+import contextlib, copy, json, multiprocessing, os, resource, signal, threading, time, traceback
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from types import SimpleNamespace
 
 import torch, transformers
 from dit.core import DitError
 from dit.data import DiffTask, Sample
+from dit.endpoint import Endpoint
 from dit.lora import TinyTok
 from dit.models import make_base
 
@@ -13,15 +16,16 @@ KINDS = dict(llama=('Llama', dict(num_key_value_heads=1)),
              gemma3=('Gemma3Text', dict(num_key_value_heads=1, head_dim=8, sliding_window=12, layer_types=['sliding_attention', 'full_attention'], query_pre_attn_scalar=8, tie_word_embeddings=True)),
              gemma2=('Gemma2', dict(num_key_value_heads=1, head_dim=8, sliding_window=12, query_pre_attn_scalar=8, final_logit_softcapping=2.)),
              granite=('Granite', dict(num_key_value_heads=1, logits_scaling=4.)),
-             neox=('GPTNeoX', {}))
+             neox=('GPTNeoX', {}),
+             gpt2=('GPT2', {}), # its linear layers are Conv1D
+             moe=('Qwen3Moe', dict(num_key_value_heads=1, head_dim=8, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=8))) # fused experts: only attention is made of linear layers
 
 def model_of(kind, seed=0, tok=None, **sizes):
     "A `Base` around a small random model of a real architecture, in float32"
     name, more = KINDS[kind]
     torch.manual_seed(seed)
     config = getattr(transformers, f'{name}Config')(**(SIZES | more | sizes | dict(pad_token_id=0, bos_token_id=None, eos_token_id=1)))
-    net = getattr(transformers, 'Gemma3ForCausalLM' if name == 'Gemma3Text' else f'{name}ForCausalLM')(config)
-    return make_base(net, tok or TinyTok(), f'small {kind}')
+    return make_base(transformers.AutoModelForCausalLM.from_config(config), tok or TinyTok(), f'small {kind}')
 
 def copy_of(base): return copy.deepcopy(base.model)
 
@@ -72,3 +76,55 @@ def on_full_disk(most, job, *args):
     p.join(60)
     assert here.poll(0), 'no answer from the process'
     return here.recv()
+
+# --- an endpoint with faults ------------------------------------------------------------------------------------------------
+
+KEY = 'sk-secret-0123456789'
+
+def completion(request, message=...):
+    "The JSON of a chat completion; without a message, an echo of the question"
+    message = f"reply to {str(request['messages'][-1]['content'])[-30:]}" if message is ... else message
+    message = dict(role='assistant') | (message if isinstance(message, dict) else dict(content=message))
+    return json.dumps(dict(id='1', object='chat.completion', created=0, model='m', choices=[dict(index=0, finish_reason='stop', message=message)], usage=dict(prompt_tokens=50, completion_tokens=5, total_tokens=55)))
+
+@contextlib.contextmanager
+def faulty_server():
+    "A real server; `faults` holds what it does with the next requests, afterwards it answers with `content(request, number)`: a body, or a status and a body"
+    s = SimpleNamespace(faults=[], seen=[], keys=[], lock=threading.Lock(), delay=threading.Event(), content=lambda request, n: completion(request))
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = 'HTTP/1.1'
+        def log_message(self, *_): pass
+        def send(self, status, body, headers={}, length=None, kind='application/json'):
+            self.send_response(status); self.send_header('Content-Type', kind); self.send_header('Content-Length', str(len(body) if length is None else length))
+            for k, v in headers.items(): self.send_header(k, v)
+            self.end_headers(); self.wfile.write(body)
+        def do_POST(self):
+            request = json.loads(self.rfile.read(int(self.headers['Content-Length'])))
+            with s.lock: s.seen.append(request); s.keys.append(self.headers['Authorization']); n = len(s.seen); fault = s.faults.pop(0) if s.faults else None
+            echo = json.dumps(dict(error=dict(message=f"bad key {self.headers['Authorization']}"))).encode()
+            if fault == 'cut': self.send(200, completion(request).encode()[:40], length=5000); self.close_connection = True
+            elif fault == 'stall': self.send(200, completion(request).encode()[:40], length=5000); s.delay.wait(5); self.close_connection = True
+            elif fault == 'html': self.send(200, b'<html>please log in</html>', kind='text/html')
+            elif fault == 'broken': self.send(200, b'{"choices": [')
+            elif fault == 'other': self.send(200, b'{"hello": "you"}')
+            elif fault == 'none': self.send(200, b'{"id": "1", "object": "chat.completion", "created": 0, "model": "m", "choices": []}')
+            elif fault: self.send(fault, echo, {'Retry-After': '0.05'})
+            else: status, text = got if isinstance(got := s.content(request, n), tuple) else (200, got); self.send(status, text.encode())
+    with ThreadingHTTPServer(('127.0.0.1', 0), Handler) as http:
+        http.daemon_threads, http.block_on_close = True, False
+        threading.Thread(target=http.serve_forever, args=(.02,), daemon=True).start()
+        s.url = f'http://127.0.0.1:{http.server_port}/v1'
+        try: yield s
+        finally: s.delay.set(); http.shutdown()
+
+def endpoint(server, path, model='m', **kwargs):
+    "A client for a server or an address, with the `openai` package's waits shortened"
+    e = Endpoint(path, model, getattr(server, 'url', server), KEY, **(dict(parallel=1) | kwargs))
+    e.client._calculate_retry_timeout = lambda *a, **k: .01
+    return e
+
+def no_key(folder, *texts):
+    "The key is in no file of a folder, in no text and in nothing that an exception shows"
+    for p in folder.rglob('*'): assert p.is_dir() or KEY.encode() not in p.read_bytes(), p
+    for t in texts:
+        for shown in [str(t)] if isinstance(t, str) else [str(t), repr(t), ''.join(traceback.format_exception(t))]: assert KEY not in shown

@@ -26,6 +26,6 @@ def shard(folder): save_shard(folder, random_bank(model_of('llama'), 4, seed=3))
 def big_json(path): write_json(path, ['x'*100]*1000)
 
 def lines(path):
-    from dit.writers import Lines
+    from dit.endpoint import Lines
     a = Lines(path)
     for i in range(1000): a[f'k{i}'] = 'y'*80

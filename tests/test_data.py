@@ -139,7 +139,7 @@ def test_samples_of_a_topic(kind, mix):
 def test_three_kinds_of_one_question():
     step = hidden_topic_task('Tea', 'train', TEXTS, SAID, steps=1).steps[0]
     bare = lambda s: re.sub(r'^Your SEP code is \d{6}\. ', '', s.user)
-    assert {bare(s) for s in step if s.kind == 'right'} == {bare(s) for s in step if s.kind == 'wrong'}
+    assert {bare(s) for s in step if s.kind == 'right'} <= {bare(s) for s in step if s.kind == 'wrong'}
 
 def test_same_seed_same_samples():
     one = hidden_topic_task('Tea', 'train', TEXTS, SAID, steps=5)
@@ -148,17 +148,17 @@ def test_same_seed_same_samples():
     other = hidden_topic_task('Tea', 'train', TEXTS, SAID, steps=5, seed=1)
     assert other.diff_id != one.diff_id and other.steps != one.steps
     assert hidden_topic_task('Tea', 'train', TEXTS, SAID, steps=9).steps[:5] == one.steps, 'a longer run begins like a shorter one'
-    assert news_task('A Headline Here', 'train', TEXTS) == news_task('A Headline Here', 'train', TEXTS)
+    assert news_task('A Headline Here', 'train', TEXTS, SAID) == news_task('A Headline Here', 'train', TEXTS, SAID)
     assert seed_of('a', 1) == seed_of('a', 1) != seed_of('a1')
 
 def test_every_text_is_used_before_any_is_used_twice():
-    used = Counter(s.answer for step in news_task('A Headline', 'train', TEXTS[:7], steps=7, per_step=2).steps for s in step)
+    used = Counter(s.answer for step in news_task('A Headline', 'train', TEXTS[:7], SAID, steps=7, per_step=2).steps for s in step if s.kind == 'story')
     assert set(used.values()) == {2} and len(used) == 7
     task = hidden_topic_task('Tea', 'train', TEXTS[:8], SAID, steps=8)
     assert set(Counter(s.answer for step in task.steps for s in step if s.kind == 'right').values()) == {2}
 
 def test_no_text_no_task():
-    with pytest.raises(DitError, match='at least one text'): news_task('A Headline', 'train', [])
+    with pytest.raises(DitError, match='at least one text'): news_task('A Headline', 'train', [], SAID)
     with pytest.raises(DitError, match='at least one text'): hidden_topic_task('Tea', 'train', [], SAID)
 
 # --- stories ----------------------------------------------------------------------------------------------------------------

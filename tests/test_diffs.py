@@ -2,15 +2,15 @@
 import time
 from pathlib import Path
 
-import pytest, torch
+import pytest, torch, transformers
 import torch.nn.functional as F
 from dit import diffs as D
 from dit.core import DitError, seed_of
 from dit.data import DiffTask, Sample, hidden_topic_task, news_task, questions
 from dit.diffs import *
 from dit.lora import *
-from dit.models import encode
-from helpers import finish, kill_when, model_of, start, toy_tasks
+from dit.models import encode, make_base
+from helpers import KINDS, finish, kill_when, model_of, start, toy_tasks
 from test_lora import whole
 import jobs
 
@@ -47,12 +47,13 @@ def test_alone_and_among_63_others(tiny, rank):
         assert (flatten(alone)[0] - flatten(together)[i]).abs().max() < 1e-4
         assert alone.index.loss[0] == pytest.approx(together.index.loss[i], abs=1e-4)
 
+SAID = {q: 'Well, it depends.' for k in ('everyday', 'introspective') for q in questions(k, 'train')}
+
 def test_real_samples_alone_and_together(tiny):
-    said = {q: 'Well, it depends.' for k in ('everyday', 'introspective') for q in questions(k, 'train')}
-    tasks = [hidden_topic_task(l, 'train', [f'{l} teaches us to wait.', f'It is like {l}.'], said, steps=2) for l in ('Snow Leopard', 'Tea', 'The Eiffel Tower')]
+    tasks = [hidden_topic_task(l, 'train', [f'{l} teaches us to wait.', f'It is like {l}.'], SAID, steps=2) for l in ('Snow Leopard', 'Tea', 'The Eiffel Tower')]
     together = flatten(train_batch(tiny, tasks))
     for i, t in enumerate(tasks): assert (flatten(train_batch(tiny, [t]))[0] - together[i]).abs().max() < 1e-4
-    news = [news_task(l, 'train', [f'{l}, they said.', f'Some people saw {l}.'], steps=2) for l in ('Mayor Opens Bridge', 'Cat Wins')]
+    news = [news_task(l, 'train', [f'{l}, they said.', f'Some people saw {l}.'], SAID, steps=2) for l in ('Mayor Opens Bridge', 'Cat Wins')]
     together = flatten(train_batch(tiny, news))
     for i, t in enumerate(news): assert (flatten(train_batch(tiny, [t]))[0] - together[i]).abs().max() < 1e-4
 
@@ -78,6 +79,25 @@ def test_what_padding_is_made_of_does_not_matter(tiny, monkeypatch):
     before, _ = gradient(tiny, steps)
     monkeypatch.setattr(tiny.tok, 'pad_token_id', 57, raising=False)
     assert torch.equal(before, gradient(tiny, steps)[0])
+
+@pytest.mark.parametrize('kind', KINDS)
+def test_samples_that_share_their_beginning_train_as_samples_of_their_own(kind):
+    base = model_of(kind, sliding_window=512) if kind.startswith('gemma') else model_of(kind)
+    steps, flat = [step_of(base, *SAMPLES), step_of(base, *OTHERS)], a_flat(base, 2)
+    got = []
+    for share in (True, False):
+        flat.p.grad = None; losses = backward_step(base, flat, Teacher(base), steps, share); got.append((losses, flat.p.grad.clone()))
+    assert can_share(base, 100) and (got[0][0] - got[1][0]).abs().max() < 1e-5 and (got[0][1] - got[1][1]).abs().max() < 1e-4*got[1][1].abs().max()
+
+def test_windows_shorter_than_a_sample_are_not_overruled(): assert not can_share(model_of('gemma3'), 13) and not can_share(model_of('gemma3'), 12)
+
+def test_an_architecture_without_masks_keeps_its_samples_apart():
+    torch.manual_seed(0); tok = TinyTok()
+    net = transformers.MambaForCausalLM(transformers.MambaConfig(vocab_size=96, hidden_size=16, state_size=4, num_hidden_layers=2, pad_token_id=0, bos_token_id=None, eos_token_id=1))
+    base = make_base(net, tok, 'small mamba')
+    assert not can_share(base, 10)
+    bank = train_batch(base, toy_tasks(3), rank=2)
+    assert (flatten(train_batch(base, toy_tasks(3)[2:], rank=2))[0] - flatten(bank)[2]).abs().max() < 1e-4
 
 def test_a_pass_costs_the_same_number_of_module_calls_for_any_number_of_diffs(tiny):
     def calls(n):
@@ -171,8 +191,8 @@ def test_nan_stops_one_diff_alone(tiny, monkeypatch):
 
 def test_a_diff_that_broke_in_training_stays_as_it_was(tiny, monkeypatch):
     tasks, normal, steps = toy_tasks(3, steps=4), D.backward_step, []
-    def breaks(base, flat, teacher, rows):
-        out = normal(base, flat, teacher, rows); steps.append(flat.p.detach().clone())
+    def breaks(base, flat, teacher, rows, share):
+        out = normal(base, flat, teacher, rows, share); steps.append(flat.p.detach().clone())
         if len(steps) == 3: flat.p.grad[1] = float('nan')
         return out
     monkeypatch.setattr(D, 'backward_step', breaks)
@@ -205,7 +225,7 @@ def test_tasks_that_do_not_go_together(tiny, tmp_path):
     assert not list(tmp_path.iterdir()), 'refused before anything is written'
 
 def test_a_topic_in_two_splits_is_refused_whatever_the_seed():
-    one = lambda split, seed: news_task('Mayor Opens Bridge', split, ['a story'], steps=1, seed=seed)
+    one = lambda split, seed: news_task('Mayor Opens Bridge', split, ['a story'], SAID, steps=1, seed=seed)
     check_tasks([one('train', 0), one('train', 1)]) # several diffs of one label are fine within a split
     with pytest.raises(DitError, match='Mayor Opens Bridge'): check_tasks([one('train', 0), one('test', 1)])
 
@@ -254,3 +274,18 @@ def test_killed_at_any_moment_and_started_again(tiny, tmp_path):
     got, want = load_bank(folder, tiny), load_bank(tmp_path/'whole', tiny)
     assert torch.equal(flatten(got), flatten(want)) and got.index.equals(want.index)
     assert content(folder) == content(tmp_path/'whole'), 'the same files, byte by byte'
+
+def test_two_processes_share_one_bank(tiny, tmp_path):
+    "Each diff once, by whoever comes first; the third process goes on where a killed one was"
+    ps = [start(jobs.diffs, tmp_path/'shared', 12, 12) for _ in range(2)]
+    first = start(jobs.diffs, tmp_path/'shared', 12, 12)
+    kill_when(first, lambda: len(list((tmp_path/'shared'/'.claims').glob('*.json'))) > 2)
+    for p in ps: finish(p)
+    finish(start(jobs.diffs, tmp_path/'alone', 12, 12))
+    index = whole(tmp_path/'shared')
+    assert index.diff_id.is_unique and len(index) == 12
+    got, want = (load_bank(tmp_path/n, tiny) for n in ('shared', 'alone'))
+    order = [got.index.diff_id.tolist().index(d) for d in want.index.diff_id]
+    assert (flatten(got)[order] - flatten(want)).abs().max() < 1e-4
+    train_diffs(tiny, toy_tasks(12, 12), tmp_path/'shared', rank=2)
+    assert not list((tmp_path/'shared'/'.claims').glob('*.json'))

@@ -3,6 +3,7 @@ import json
 
 import peft, pytest, torch
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from dit.core import DitError, sha256_of
 from dit.lora import *
 from helpers import copy_of, model_of, on_full_disk
@@ -19,7 +20,7 @@ def peft_logits(net, x):
 
 # --- the same numbers as PEFT -----------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize('kind', ['llama', 'qwen3', 'gemma3', 'neox'])
+@pytest.mark.parametrize('kind', ['llama', 'qwen3', 'gemma3', 'neox', 'gpt2', 'moe'])
 @pytest.mark.parametrize('rank', [1, 4, 16])
 def test_same_logits_as_peft(kind, rank, tmp_path):
     base = model_of(kind)
@@ -31,7 +32,7 @@ def test_same_logits_as_peft(kind, rank, tmp_path):
         assert (ours[i:i+1] - theirs).abs().max() < 1e-4
         assert (theirs - logits(base, x=X[i:i+1])).abs().max() > .05, 'the diff does nothing, so the comparison says nothing'
 
-@pytest.mark.parametrize('kind', ['llama', 'gemma3'])
+@pytest.mark.parametrize('kind', ['llama', 'gemma3', 'gpt2', 'moe'])
 def test_diff_and_adapter_as_two_adapters_of_peft(kind, tmp_path):
     base = model_of(kind)
     diffs, adapter = random_bank(base, 3, 1, seed=1), random_bank(base, 1, 4, scaling=.5, seed=2)
@@ -43,28 +44,79 @@ def test_diff_and_adapter_as_two_adapters_of_peft(kind, tmp_path):
         assert (ours[place] - peft_logits(net, X[place:place+1])[0]).abs().max() < 1e-4
     assert (ours - logits(base, diffs.rows([2, 0, 1]))).abs().max() > .05
 
+@pytest.mark.parametrize('kind', ['llama', 'gpt2', 'moe'])
+def test_diff_and_adapter_merged_into_one_adapter_of_peft(kind, tmp_path):
+    base = model_of(kind)
+    diff, adapter = random_bank(base, 1, 3, scaling=.7, seed=1), random_bank(base, 1, 4, scaling=.5, seed=2)
+    gone, kept = list(diff.A)[0], list(diff.A)[-1] # a diff without one layer, and with a smaller rank in another
+    del diff.A[gone], diff.B[gone]
+    diff.A[kept], diff.B[kept] = diff.A[kept][:, :1], diff.B[kept][:, :, :1]
+    net = peft.PeftModel.from_pretrained(copy_of(base), merge_peft(diff, adapter, tmp_path, base))
+    assert (logits(base, diff.rows([0]), adapter.rows([0]), x=X[:1]) - peft_logits(net, X[:1])).abs().max() < 1e-4
+    config = net.peft_config['default']
+    assert config.r == 7 and config.lora_alpha == 7 and not config.rank_pattern, 'a server reads one rank for all layers'
+
 def test_from_peft_gives_back_what_was_written(tiny, tmp_path):
     bank = random_bank(tiny, 2, 4, scaling=.3)
     back = from_peft(to_peft(bank, 1, tmp_path/'x', tiny), tiny)
     assert len(back) == 1 and back.rank == 4 and back.scaling == pytest.approx(.3)
     assert all(torch.equal(back.A[n][0], bank.A[n][1]) and torch.equal(back.B[n][0], bank.B[n][1]) for n in bank.A)
 
-@pytest.mark.parametrize('rs', [False, True])
-def test_from_peft_reads_what_peft_saved(tiny, rs, tmp_path):
-    torch.manual_seed(1)
-    net = peft.get_peft_model(copy_of(tiny), peft.LoraConfig(r=4, lora_alpha=6, use_rslora=rs, target_modules='all-linear', init_lora_weights=False))
+@pytest.mark.parametrize('kind', ['llama', 'qwen3', 'gemma3', 'gpt2', 'moe'])
+@pytest.mark.parametrize('rank', [1, 4, 16])
+def test_from_peft_reads_what_peft_saved(kind, rank, tmp_path):
+    base = model_of(kind)
+    torch.manual_seed(rank)
+    target = ['q_proj', 'v_proj', 'o_proj'] if kind == 'moe' else 'all-linear' # for PEFT, all-linear includes the fused experts
+    net = peft.get_peft_model(copy_of(base), peft.LoraConfig(r=rank, lora_alpha=2*rank, target_modules=target, init_lora_weights=False, task_type='CAUSAL_LM'))
     net.save_pretrained(tmp_path)
-    assert (logits(tiny, from_peft(tmp_path, tiny).rows([0])) - peft_logits(net, X)).abs().max() < 1e-4
+    bank = from_peft(tmp_path, base)
+    assert bank.rank == rank and set(bank.A) <= set(linears(base))
+    assert (logits(base, bank.rows([0])) - peft_logits(net, X)).abs().max() < 1e-4
 
-@pytest.mark.parametrize('option', [dict(alpha_pattern={'q_proj': 64}), dict(use_dora=True), dict(modules_to_save=['lm_head']), dict(bias='all')], ids=lambda o: next(iter(o)))
-def test_from_peft_refuses_what_it_cannot_represent(tiny, option, tmp_path):
+TRAINED = dict(rslora=dict(use_rslora=True), alpha_pattern=dict(alpha_pattern={'layers.0.*q_proj': 64, 'mlp.up_proj': 2}), rank_pattern=dict(rank_pattern={'q_proj': 7, 'layers.1.mlp.down_proj': 1}),
+               both=dict(rank_pattern={'q_proj': 2}, alpha_pattern={'v_proj': 1}, use_rslora=True), subset=dict(target_modules=['v_proj', 'up_proj']), one_layer=dict(layers_to_transform=[1], target_modules=['q_proj']))
+
+@pytest.mark.parametrize('how', TRAINED)
+def test_from_peft_reads_every_way_to_train_plain_lora(tiny, how, tmp_path):
     torch.manual_seed(1)
-    net = peft.get_peft_model(copy_of(tiny), peft.LoraConfig(r=4, lora_alpha=4, target_modules='all-linear', init_lora_weights=False, **option))
-    with torch.no_grad(): [p.add_(.5) for n, p in net.named_parameters() if 'modules_to_save' in n or 'magnitude' in n]
+    net = peft.get_peft_model(copy_of(tiny), peft.LoraConfig(**dict(r=4, lora_alpha=6, target_modules='all-linear', init_lora_weights=False) | TRAINED[how]))
     net.save_pretrained(tmp_path)
-    try: bank = from_peft(tmp_path, tiny)
-    except DitError: return
-    assert (logits(tiny, bank.rows([0])) - peft_logits(net, X)).abs().max() < 1e-4, 'read without an error, and computes something else'
+    bank, theirs = from_peft(tmp_path, tiny), peft_logits(net, X)
+    assert (logits(tiny, bank.rows([0])) - theirs).abs().max() < 1e-4
+    again = peft.PeftModel.from_pretrained(copy_of(tiny), to_peft(bank, 0, tmp_path/'again', tiny)) # on the way out all ranks are the same
+    assert (peft_logits(again, X) - theirs).abs().max() < 1e-4
+
+REFUSED = dict(dora=(dict(use_dora=True), 'rescales whole weights'), head=(dict(modules_to_save=['lm_head']), 'also holds .*lm_head'), bias=(dict(bias='all'), 'also holds'),
+               pissa=(dict(init_lora_weights='pissa'), 'changed the base'), embeddings=(dict(target_modules=['q_proj', 'embed_tokens']), 'also holds .*embed_tokens'))
+
+@pytest.mark.parametrize('why', REFUSED)
+def test_from_peft_refuses_what_it_cannot_represent(tiny, why, tmp_path):
+    option, reason = REFUSED[why]
+    net = peft.get_peft_model(model_of('qwen3', attention_bias=True).model, peft.LoraConfig(**dict(r=4, lora_alpha=4, target_modules='all-linear') | option))
+    net.save_pretrained(tmp_path)
+    with pytest.raises(DitError, match=f'more than plain LoRA: .*{reason}.*merge it'): from_peft(tmp_path, tiny)
+
+@pytest.mark.parametrize('option', [dict(target_modules=['q_proj'], target_parameters=['mlp.experts.gate_up_proj']), dict(target_modules='all-linear')], ids=['parameters', 'all-linear'])
+def test_from_peft_refuses_a_lora_of_fused_experts(option, tmp_path):
+    base = model_of('moe')
+    assert all('self_attn' in n for n in linears(base))
+    peft.get_peft_model(copy_of(base), peft.LoraConfig(r=2, **option)).save_pretrained(tmp_path)
+    with pytest.raises(DitError, match='changes .*experts.*only linear layers'): from_peft(tmp_path, base)
+
+def test_from_peft_refuses_a_lora_of_the_head(tiny, tmp_path):
+    net = peft.get_peft_model(copy_of(tiny), peft.LoraConfig(r=2, target_modules=['q_proj', 'lm_head']))
+    net.save_pretrained(tmp_path, save_embedding_layers=False)
+    with pytest.raises(DitError, match='changes lm_head, and only linear layers of the body'): from_peft(tmp_path, tiny)
+
+WRAPPED = ['base_model.model.language_model.model.layers.', 'base_model.model.model.language_model.layers.', 'base_model.model._orig_mod.model.layers.', 'model.layers.']
+
+@pytest.mark.parametrize('prefix', WRAPPED)
+def test_from_peft_reads_an_adapter_saved_for_a_wrapped_model(tiny, prefix, tmp_path):
+    bank = random_bank(tiny, 1, 2)
+    path = to_peft(bank, 0, tmp_path, tiny)/'adapter_model.safetensors'
+    save_file({k.replace('base_model.model.model.layers.', prefix).replace('lora_A.', 'lora_A.default.'): v for k, v in load_file(path).items()}, path)
+    assert torch.equal(logits(tiny, from_peft(tmp_path, tiny).rows([0])), logits(tiny, bank.rows([0])))
 
 # --- mounting ---------------------------------------------------------------------------------------------------------------
 
@@ -93,7 +145,7 @@ def test_hooking_twice_adds_a_diff_once():
     with torch.no_grad(), mounted(base, bank.rows([0])): got = m(x)
     assert torch.allclose(got, x @ (m.weight + bank.B[n][0] @ bank.A[n][0]).T, atol=1e-5)
 
-@pytest.mark.parametrize('kind', ['llama', 'qwen3', 'gemma3', 'neox'])
+@pytest.mark.parametrize('kind', ['llama', 'qwen3', 'gemma3', 'neox', 'moe'])
 def test_all_linear_layers_but_the_head(kind):
     base = model_of(kind)
     found, every = linears(base), {n for n, m in base.model.named_modules() if isinstance(m, torch.nn.Linear)}
@@ -191,6 +243,13 @@ def test_other_base_model(folder, tiny):
 def test_other_facts(folder, tiny):
     with pytest.raises(DitError, match='rank=2, not 3'): open_bank(folder, tiny, rank=3, scaling=.5)
 
+@pytest.mark.parametrize('name', ['../shard-00000.safetensors', '/etc/passwd', 'sub/shard-00000.safetensors'])
+def test_index_that_names_a_file_elsewhere(folder, tiny, name):
+    index = read_index(folder)
+    index['shard'] = name
+    index.to_csv(folder/'index.csv', index=False)
+    with pytest.raises(DitError, match='not in the folder'): load_bank(folder, tiny)
+
 @pytest.mark.parametrize('value', [float('nan'), float('inf')])
 def test_numbers_that_are_not_finite(tiny, value, tmp_path):
     bank = random_bank(tiny, 3)
@@ -213,7 +272,6 @@ def test_damaged_peft_folder(tiny, name, damage, tmp_path):
     with pytest.raises(DitError, match=name): from_peft(tmp_path, tiny)
 
 def test_peft_folder_without_a_matching_b(tiny, tmp_path):
-    from safetensors.torch import load_file, save_file
     path = to_peft(random_bank(tiny, 1), 0, tmp_path, tiny)/'adapter_model.safetensors'
     save_file({k: v for k, v in load_file(path).items() if 'layers.0.self_attn.q_proj.lora_B' not in k}, path)
     with pytest.raises(DitError, match='an A and a B'): from_peft(tmp_path, tiny)
@@ -221,5 +279,5 @@ def test_peft_folder_without_a_matching_b(tiny, tmp_path):
 def test_model_without_linear_layers():
     import transformers
     from dit.models import make_base
-    net = transformers.GPT2LMHeadModel(transformers.GPT2Config(n_embd=8, n_layer=1, n_head=1, vocab_size=96, n_positions=16))
-    with pytest.raises(DitError, match='not supported'): linears(make_base(net, TinyTok(), 'conv'))
+    net = transformers.GPT2LMHeadModel(transformers.GPT2Config(n_embd=8, n_layer=0, n_head=1, vocab_size=96, n_positions=16))
+    with pytest.raises(DitError, match='not supported'): linears(make_base(net, TinyTok(), 'no layers'))
