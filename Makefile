@@ -3,16 +3,22 @@
 #   TORCH_ARGS=...  more options for installing torch, such as --index-url of the wheels without CUDA
 #   PIP_ARGS=...    more options for every installation
 #   LAB_ARGS=...    more options for JupyterLab
+#   MODEL=...       the base model of `make reproduce`: hub id or folder (default: the embedded one)
+#   OUT=...         folder for what `make bench` measures
+#   BENCH_ARGS=...  parameters of nbs/07_bench.ipynb, such as -p diffs 64
 PYTHON ?= python3.11 python3.12 python3.13 python3 python
 TORCH_ARGS ?=
 PIP_ARGS ?=
 LAB_ARGS ?=
+MODEL ?=
+OUT ?= runs/bench
+BENCH_ARGS ?=
 
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
-.PHONY: help demo test lab sync check readme
+.PHONY: help demo figures reproduce bench test lab sync check readme
 
 VENV := .venv
 PY := $(VENV)/bin/python
@@ -26,12 +32,15 @@ ifeq ($(shell test -f $(VENV)/.home && test "$$(cat $(VENV)/.home)" != "$$(pwd -
 endif
 
 help:
-	@echo 'make demo   train fresh weight diffs, ask the DIT adapter what each one hides, draw figures/demo.png (minutes, no GPU)'
-	@echo 'make test   check that notebooks are clean and dit/ is in sync, run every notebook and every test'
-	@echo 'make lab    open the notebooks in JupyterLab'
-	@echo 'make sync   export nbs/ to dit/ and clean the notebooks: do this before you commit'
-	@echo 'make readme build README.md from nbs/index.ipynb'
-	@echo 'make check  only the check that `make sync` has nothing left to do'
+	@echo 'make demo       train fresh weight diffs, ask the DIT adapter what each one hides, draw figures/demo.png (minutes, no GPU)'
+	@echo 'make figures    redraw every figure from results/ (no training)'
+	@echo 'make reproduce  train and evaluate whatever nbs/configs/ names and is not there yet (hours on a CPU; stop and start it as you like)'
+	@echo 'make bench      time training and asking beside what one would run instead, on this machine (ten minutes on two idle cores)'
+	@echo 'make test       check that notebooks are clean and dit/ is in sync, run every notebook and every test'
+	@echo 'make lab        open the notebooks in JupyterLab'
+	@echo 'make sync       export nbs/ to dit/ and clean the notebooks: do this before you commit'
+	@echo 'make readme     build README.md from nbs/index.ipynb'
+	@echo 'make check      only the check that `make sync` has nothing left to do'
 	@echo 'The first of them to run also makes .venv/ and installs the pinned packages; demo, test and lab fetch two small models.'
 
 # --- set-up ---------------------------------------------------------------------------------------------------------------
@@ -71,6 +80,31 @@ demo: $(VENV)/.models
 	@echo
 	@echo 'Executed notebook: $(CURDIR)/runs/demo.ipynb'
 	@echo 'Picture:           $(CURDIR)/figures/demo.png'
+
+figures: $(VENV)/.installed
+	@mkdir -p runs
+	@$(RUN) for n in nbs/1?_fig_*.ipynb; do echo "== $$n"; papermill -k python3 --no-progress-bar --log-level ERROR "$$n" "runs/$$(basename "$$n")"; done
+	@echo 'The pictures are in $(CURDIR)/figures/, the executed notebooks with their tables in $(CURDIR)/runs/.'
+
+# A configuration is a file of parameters, in a folder named like its notebook; it is done when its executed notebook is there.
+RUNS := runs/reproduce/$(subst /,--,$(or $(MODEL),SmolLM2-135M-Instruct))
+reproduce: $(VENV)/.models
+	@mkdir -p $(RUNS)
+	@$(RUN) for f in nbs/configs/*/*.yaml; do \
+	  book=$$(basename "$$(dirname "$$f")"); name="$$book-$$(basename "$$f" .yaml)"; task=$$(sed -n 's/^task: //p' "$$f"); made="$(RUNS)/$$name.ipynb"; \
+	  if [ "$$made" -nt "$$f" ]; then continue; fi; \
+	  more=(-p out "$(CURDIR)/$(RUNS)/$$task"); if [ "$$book" = 04_eval ]; then more=(-p adapter "$(CURDIR)/$(RUNS)/$$task"); fi; \
+	  echo "== $$name ($$(date +%H:%M))"; SECONDS=0; \
+	  papermill -k python3 --log-level ERROR "nbs/$$book.ipynb" "$(RUNS)/part.ipynb" -f "$$f" -p model "$(MODEL)" "$${more[@]}"; \
+	  mv "$(RUNS)/part.ipynb" "$$made"; echo "== $$name: finished after $$SECONDS s"; \
+	done
+
+bench: $(VENV)/.models
+	@mkdir -p runs
+	@echo '== Running nbs/07_bench.ipynb; nothing else should run on this machine'
+	@$(RUN) IN_TEST=1 papermill -k python3 --log-level ERROR nbs/07_bench.ipynb runs/bench.ipynb -p out "$(OUT)" $(BENCH_ARGS)
+	@cat "$$(ls -t "$(OUT)"/*.txt | head -n 1)"
+	@echo "The tables are in $(OUT)/, with the machine and the run's parameters as JSON; the executed notebook is runs/bench.ipynb."
 
 test: check $(VENV)/.models
 	@mkdir -p runs figures
