@@ -54,10 +54,11 @@ def beside(both:pd.DataFrame, # from `one_shape`
     cell = both.apply(lambda r: f"{r['mean']:.2f} ± {r.ci95:.2f} (n = {r.n:.0f})", axis=1)
     return both.assign(cell=cell, model=both.model + both.source.map(dict(ours=" (ours)", paper=" (paper)"))).pivot(index="method", columns="model", values="cell").reindex(both.method.unique()).fillna("")
 
-# %% ../nbs/09_figures.ipynb #8dadc54f
+# %% ../nbs/09_figures.ipynb #3e61a0d7
 COLOURS = dict(zip(("DIT", "DIT + Trigger", "Base Question", "Base Question + Trigger", "20 Questions", "20 Questions + Trigger", "Generated Story", "DIT trained on the other task"),
                    (c for i, c in enumerate(sns.color_palette("colorblind")) if i != 7)))
 
+# %% ../nbs/09_figures.ipynb #8dadc54f
 def plot_models(both:pd.DataFrame, # from `one_shape`
                 title:str, # what is shown
                ):
@@ -74,6 +75,7 @@ def plot_models(both:pd.DataFrame, # from `one_shape`
     ax.tick_params(axis="x", labelsize=8); sns.despine(ax=ax)
     return fig
 
+# %% ../nbs/09_figures.ipynb #70ca9b3e
 def plot_shares(both:pd.DataFrame, # from `one_shape`
                 title:str, # what is shown
                ):
