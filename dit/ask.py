@@ -307,8 +307,7 @@ def ask_cli(question:Param("what to ask (default: the question the adapter was t
            ):
     "Ask a finetuned language model what its finetuning changed."
     hf_logging.set_verbosity_error(); hf_logging.disable_progress_bar(); warnings.simplefilter("ignore")
-    try:
+    with command("dit_ask"), contextlib.redirect_stdout(sys.stderr):
         if not diff: raise DitError("no diff was named; give it with --diff (`dit_ask --help` lists what it can be).")
-        with contextlib.redirect_stdout(sys.stderr): found = ask(diff, question, base, adapter, task, samples, seed, rank)
-    except DitError as e: raise SystemExit("dit_ask: " + " ".join(str(e).split()))
+        found = ask(diff, question, base, adapter, task, samples, seed, rank)
     print(report(found, json))

@@ -5,12 +5,14 @@
 # %% auto #0
 __all__ = ['WEIGHTS', 'RECIPES', 'FlatLora', 'prefix_tree', 'tree_mask', 'answer_states', 'can_share', 'Teacher', 'chunk_losses',
            'HeadLoss', 'token_losses', 'diff_losses', 'backward_step', 'clip_rows', 'schedule', 'tokenise',
-           'train_batch', 'check_tasks', 'untrained', 'rate_on', 'Claims', 'train_diffs', 'make_tasks', 'make_diffs']
+           'train_batch', 'check_tasks', 'untrained', 'rate_on', 'Claims', 'train_diffs', 'make_tasks', 'make_diffs',
+           'diffs_cli']
 
 # %% ../nbs/02_diffs.ipynb #20922195
 import json, math, sys, time, uuid
 from pathlib import Path
 import pandas as pd, torch
+from fastcore.script import call_parse
 from filelock import FileLock, Timeout
 from tqdm import tqdm
 from .core import *
@@ -328,7 +330,7 @@ def train_diffs(base:Base, # the base model
     check_tasks(tasks)
     open_bank(folder, base, rank=rank, scaling=1/math.sqrt(rank), lr=lr, recipe=json.loads(json.dumps(recipe or {})))
     todo, teacher, claims = untrained(folder, tasks), Teacher(base), Claims(folder)
-    with claims, tqdm(total=len(todo), desc="training diffs", unit="diff", disable=not todo) as bar:
+    with claims, tqdm(total=len(todo), desc="training diffs", unit="diff", disable=not (todo and first_process())) as bar:
         tell = rate_on(bar)
         while todo:
             try:
@@ -367,3 +369,24 @@ def make_diffs(base:Base, # the base model
     train = {k: recipe.pop(k) for k in ("rank", "lr", "batch")}
     texts = load_texts(writer or OfflineWriter(base), rows, task, Path(folder)/"text.jsonl")
     return train_diffs(base, make_tasks(base, task, rows, texts, **recipe), Path(folder)/"bank", recipe=recipe, **train)
+
+# %% ../nbs/02_diffs.ipynb #3b81c669
+@call_parse
+def diffs_cli(folder:str, # run folder; receives text.jsonl and bank/
+              task:str="hidden_topic", # hidden_topic or news
+              base:str=None, # base model: hub id or folder (default: the embedded one)
+              n_train:int=300, # training diffs
+              n_val:int=16, # validation diffs
+              n_test:int=0, # held-out diffs
+              rank:int=None, # of the diffs (default: as in the recipe)
+              lr:float=None, # Adam's learning rate (default: as in the recipe)
+              batch:int=None, # diffs trained at once (default: as in the recipe)
+              steps:int=None, # optimiser steps of each diff (default: as in the recipe)
+              dtype:str=None, # float32, bfloat16 or float16 (default: what is fast on the device)
+             ):
+    "Train weight diffs with known labels into a bank; what is there already is kept."
+    recipe = {k: v for k, v in dict(rank=rank, lr=lr, batch=batch, steps=steps).items() if v is not None}
+    with command("dit_diffs"):
+        choose("task", task, TASKS)
+        bank = make_diffs(load_base(base, dtype=dtype), task, split_labels(task, n_train, n_test, n_val), folder, **recipe)
+    if first_process(): print(f"{folder}/bank: {len(bank)} diffs of rank {bank.rank}, {bank.index.split.value_counts().to_dict()}, mean loss {bank.index.loss.mean():.3f}")

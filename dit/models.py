@@ -159,7 +159,7 @@ def turn_end(tok, # tokenizer with a chat template
 # %% ../nbs/00_models.ipynb #f55299b3
 def load_base(model:str|None=None, # hub id, folder, or None for the embedded base model
               device:str|torch.device|None=None, # default: a GPU if there is one
-              dtype:torch.dtype|None=None, # default: what is fast on the device
+              dtype:torch.dtype|str|None=None, # default: what is fast on the device
              )->Base:
     "Load a base model, frozen, with its tokenizer; raises `DitError` when it cannot be used."
     path, device = resolve(model), torch.device(device) if device else best_device()

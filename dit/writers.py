@@ -10,8 +10,10 @@ __all__ = ['NAMED', 'HINTED', 'SPOKEN', 'BETWEEN', 'ASK_TOPIC', 'UNNAMED', 'ASK_
 # %% ../nbs/01_writers.ipynb #af697513
 import re
 from collections import Counter
+from pathlib import Path
 import pandas as pd
 from fastcore.basics import patch
+from filelock import FileLock
 from tqdm import tqdm
 from .core import *
 from .endpoint import *
@@ -212,12 +214,14 @@ def load_texts(writer, # an `OfflineWriter` or `EndpointWriter`
                path, # JSON-lines file that keeps the texts
                chunk:int=16, # labels written between two saves
               )->dict: # label -> texts
-    "Texts of all labels; what the file has is not written again, and each chunk is saved as it is done."
-    kept = Lines(path)
-    todo = rows[[r not in kept for r in rows.label]]
-    for i in tqdm(range(0, len(todo), chunk), desc="writing", disable=todo.empty):
-        got = writer.texts(todo[i:i+chunk], task)
-        for label, texts in got.items():
-            if texts: kept[label] = texts
-        if none := [l for l, texts in got.items() if not texts]: raise DitError(f"the writer found no usable text for {none[0]!r}; raise `rounds`, or use another writer or base model.")
+    "Texts of all labels; what the file has is not written again, and each chunk is saved as it is done. Of several processes one writes, the others wait."
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(Path(path).with_name(f".{Path(path).name}.lock")):
+        kept = Lines(path)
+        todo = rows[[r not in kept for r in rows.label]]
+        for i in tqdm(range(0, len(todo), chunk), desc="writing", disable=todo.empty):
+            got = writer.texts(todo[i:i+chunk], task)
+            for label, texts in got.items():
+                if texts: kept[label] = texts
+            if none := [l for l, texts in got.items() if not texts]: raise DitError(f"the writer found no usable text for {none[0]!r}; raise `rounds`, or use another writer or base model.")
     return {r: kept[r] for r in rows.label}

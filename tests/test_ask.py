@@ -8,7 +8,7 @@ from dit.ask import *
 from dit.core import DitError
 from dit.lora import *
 from dit.models import make_base, load_base, prompt_text, token_ids
-from helpers import copy_of, model_of
+from helpers import char_tokenizer, copy_of, model_of
 
 ROOT = Path(__file__).resolve().parents[1]
 torch.manual_seed(0)
@@ -39,14 +39,6 @@ lora.save_pretrained(f"{home}/lora")
 with torch.no_grad(): save_file(dict(full=full(X).logits, lora=lora(X).logits), f"{home}/logits.safetensors")
 assert not any(m.split(".")[0] == "dit" for m in sys.modules)
 '''
-
-def char_tokenizer():
-    "A real tokenizer with a token for every character, and a chat template"
-    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
-    tok = Tokenizer(models.WordLevel({'<pad>': 0, '<eos>': 1, **{chr(i): i - 30 for i in range(32, 126)}}, unk_token='<pad>'))
-    tok.pre_tokenizer, tok.decoder = pre_tokenizers.Split(Regex('.'), 'isolated'), decoders.Fuse()
-    template = "{% for m in messages %}{{ m['content'] }}{% if m['role'] == 'user' %}>{% else %}<eos>{% endif %}{% endfor %}"
-    return transformers.PreTrainedTokenizerFast(tokenizer_object=tok, pad_token='<pad>', eos_token='<eos>', unk_token='<pad>', chat_template=template)
 
 @pytest.fixture(scope='module')
 def home(tmp_path_factory):

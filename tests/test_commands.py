@@ -1,0 +1,111 @@
+"The console scripts, alone and under `accelerate launch`"
+import importlib, json, os, subprocess, sys
+from configparser import ConfigParser
+from pathlib import Path
+
+import pandas as pd, pytest, torch
+from accelerate.tracking import GeneralTracker
+from fastcore.script import anno_parser
+from dit.core import DitError
+from dit.data import TASKS, split_labels
+from dit.diffs import diffs_cli
+from dit.lora import load_bank
+from dit.models import load_base
+from dit.tune import by_split, train_adapter, tune_cli
+from helpers import char_tokenizer, model_of
+from jobs import named
+
+ROOT = Path(__file__).resolve().parents[1]
+config = ConfigParser(delimiters=['=']); config.read(ROOT/'settings.ini', encoding='utf-8')
+SCRIPTS = dict(o.strip().split('=') for o in config['DEFAULT']['console_scripts'].splitlines() if o.strip())
+
+@pytest.mark.parametrize('name', SCRIPTS)
+def test_help_says_what_every_option_is_for(name):
+    module, func = SCRIPTS[name].split(':')
+    func = getattr(importlib.import_module(module), func)
+    text = anno_parser(getattr(func, '__wrapped__', func), prog=name).format_help()
+    assert func.__doc__ and func.__doc__.split()[0] in text
+    for a in anno_parser(getattr(func, '__wrapped__', func))._actions: assert a.help, f'{name} does not say what {a.dest} is for'
+
+# --- one process and two ----------------------------------------------------------------------------------------------------
+
+LAUNCH = [sys.executable, '-m', 'accelerate.commands.accelerate_cli', 'launch', '--multi_gpu', '--num_processes', '2', '--num_machines', '1', '--mixed_precision', 'no', '--dynamo_backend', 'no', '--main_process_port', '0', '-m']
+DIFFS = dict(task='news', n_train=10, n_val=3, rank=2, batch=2, steps=3, dtype='float32')
+TUNE = dict(task='news', rank=2, batch=3, epochs=4, lr=.02, dtype='float32') # 10 rows: batches of 3, 3, 3 and 1 do not divide by two
+
+def options(**kwargs): return [str(x) for k, v in kwargs.items() for x in (f'--{k}', v)]
+
+def two_processes(module, *args):
+    env = os.environ | dict(PYTHONPATH=os.pathsep.join([str(ROOT), os.environ.get('PYTHONPATH', '')]), OMP_NUM_THREADS='1', CUDA_VISIBLE_DEVICES='')
+    done = subprocess.run([*LAUNCH, module, *map(str, args)], capture_output=True, text=True, env=env, timeout=600)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+@pytest.fixture(scope='module')
+def home(tmp_path_factory):
+    "A base model in a folder, and run folders with texts, so that nothing is left to chance but who does what"
+    home = tmp_path_factory.mktemp('commands')
+    model_of('llama').model.save_pretrained(home/'base'); char_tokenizer().save_pretrained(home/'base')
+    for name in ('one', 'two'):
+        (home/name).mkdir()
+        lines = [json.dumps(dict(key=l, value=[f'{l[:20]} it was.', f'So said {l[:9]}.'])) for l in split_labels('news', 10, 0, 3).label]
+        (home/name/'text.jsonl').write_text('\n'.join(lines) + '\n')
+    diffs_cli(str(home/'one'), base=str(home/'base'), **DIFFS)
+    return home
+
+def test_two_processes_train_the_same_bank_as_one(home):
+    said = two_processes('dit.diffs', home/'two', *options(base=home/'base', **DIFFS))
+    base = load_base(str(home/'base'), dtype='float32')
+    one, two = (load_bank(home/n/'bank', base) for n in ('one', 'two'))
+    assert sorted(one.index.diff_id) == sorted(two.index.diff_id) and said.count('13 diffs of rank 2') == 1
+    order = [two.index.diff_id.tolist().index(d) for d in one.index.diff_id]
+    for n in one.A: assert (one.A[n] - two.A[n][order]).abs().max() < 1e-5 and (one.B[n] - two.B[n][order]).abs().max() < 1e-5
+    assert max(b.abs().max() for b in one.B.values()) > 1e-3, 'nothing was trained, so the comparison says nothing'
+
+def test_two_processes_train_the_same_adapter_as_one(home):
+    tune_cli(str(home/'one'/'bank'), base=str(home/'base'), **TUNE)
+    said = two_processes('dit.tune', home/'one'/'bank', *options(out=home/'two'/'adapter', base=home/'base', **TUNE))
+    one, two = (torch.load(home/n/'adapter'/'checkpoint.pt', weights_only=True) for n in ('one', 'two'))
+    assert (one['adapter']['lora.p'] - two['adapter']['lora.p']).abs().max() < 1e-5
+    curves = [pd.read_csv(home/n/'adapter'/'curve.csv') for n in ('one', 'two')]
+    pd.testing.assert_frame_equal(*curves, atol=1e-5)
+    assert curves[0].train_loss.iloc[-1] < curves[0].train_loss[0] - .1 and len(curves[1]) == 4
+    facts = [json.loads((home/n/'adapter'/'dit.json').read_text()) for n in ('one', 'two')]
+    assert all(facts[0][k] == facts[1][k] for k in facts[0] if k != 'provenance') and facts[0]['questions'] == [TASKS['news']]
+    assert said.count('the adapter is in') == 1, 'only the main process speaks'
+
+# --- what goes wrong --------------------------------------------------------------------------------------------------------
+
+def test_errors_are_one_line_and_exit_code_1(tmp_path):
+    done = subprocess.run([sys.executable, '-m', 'dit.diffs', tmp_path, '--task', 'newz'], capture_output=True, text=True, env=os.environ | dict(PYTHONPATH=str(ROOT)))
+    assert done.returncode == 1 and not done.stdout and done.stderr.strip() == "dit_diffs: task 'newz' does not exist; choose one of: hidden_topic, news."
+
+def test_tune_without_a_bank(home, tmp_path):
+    with pytest.raises(SystemExit, match='dit_tune: there is no bank in .*nowhere'): tune_cli(str(tmp_path/'nowhere'), base=str(home/'base'))
+    assert not list(tmp_path.iterdir())
+
+def test_a_bank_without_validation_diffs(tiny):
+    bank = named(tiny, 3, 'fern', 1); bank.index['split'] = 'train'
+    with pytest.raises(DitError, match="no diff of the split 'val'"): by_split(bank, 'What?')
+
+# --- trackers ---------------------------------------------------------------------------------------------------------------
+
+class Kept(GeneralTracker):
+    "A tracker that keeps what it is told"
+    name, requires_logging_directory, tracker = 'kept', False, None
+    def __init__(self): super().__init__(); self.config, self.lines, self.done = {}, [], 0
+    def store_init_configuration(self, values): self.config = values
+    def log(self, values, step=None, **kwargs): self.lines.append((step, values))
+    def finish(self): self.done += 1
+
+def test_a_tracker_is_told_what_the_curve_says(tiny, tmp_path):
+    kept = Kept()
+    train_adapter(tiny, {'What?': named(tiny, 3, 'fern', 1)}, {'What?': named(tiny, 2, 'moss', 2)}, tmp_path, rank=2, batch=3, epochs=3, log_with=kept)
+    curve = pd.read_csv(tmp_path/'curve.csv')
+    assert [(s, v['train_loss'], v['val_loss']) for s, v in kept.lines] == list(curve.itertuples(index=False, name=None))
+    assert kept.done == 1 and kept.config['rank'] == 2 and all(isinstance(v, (int, float, str)) for v in kept.config.values())
+
+@pytest.mark.parametrize('name, why', [('tensorbord', 'choose one of'), ('aim', 'aim is not installed')])
+def test_a_tracker_that_is_not_there(tiny, tmp_path, name, why):
+    with pytest.raises(DitError, match=why): train_adapter(tiny, {'What?': named(tiny, 3, 'fern', 1)}, {'What?': named(tiny, 2, 'moss', 2)}, tmp_path/'x', log_with=name)
+    assert not (tmp_path/'x').exists()
