@@ -12,6 +12,7 @@ __all__ = ['WEIGHTS', 'RECIPES', 'FlatLora', 'prefix_tree', 'tree_mask', 'answer
 import json, math, sys, time, uuid
 from pathlib import Path
 import pandas as pd, torch
+from fastcore.basics import patch
 from fastcore.script import call_parse
 from filelock import FileLock, Timeout
 from tqdm import tqdm
@@ -49,10 +50,20 @@ class FlatLora(torch.nn.Module):
         "For `mounted`: cast and scaled, with gradients flowing back to `p`."
         return {k: (A, B*self.scaling) for k, (A, B) in self.parts(self.p.to(self.dtype)).items()}
 
-    def bank(self, index:pd.DataFrame, dtype=None)->Bank:
-        "The LoRAs as a `Bank` on the CPU."
-        ab = self.parts(self.p.detach().to("cpu", dtype or self.dtype))
-        return Bank({k: a.clone() for k, (a, _) in ab.items()}, {k: b.clone() for k, (_, b) in ab.items()}, self.scaling, index.reset_index(drop=True))
+# %% ../nbs/02_diffs.ipynb #73e5b0c2
+@patch
+def bank(self:FlatLora, index:pd.DataFrame, # a line per LoRA
+         dtype=None, # default: the base model's
+        )->Bank:
+    "The LoRAs as a `Bank` on the CPU."
+    ab = self.parts(self.p.detach().to("cpu", dtype or self.dtype))
+    return Bank({k: a.clone() for k, (a, _) in ab.items()}, {k: b.clone() for k, (_, b) in ab.items()}, self.scaling, index.reset_index(drop=True))
+
+@patch
+def copy_from(self:FlatLora, bank:Bank): # as many rows, the same rank
+    "Take over saved LoRAs."
+    ab = (x.flatten(1) for n in self.shapes for x in (bank.A[n].float(), bank.B[n].float()*(bank.scaling/self.scaling)))
+    self.p.data.copy_(torch.cat(list(ab), 1))
 
 # %% ../nbs/02_diffs.ipynb #5ba1c0d2
 def prefix_tree(rows:list, # token ids of some samples

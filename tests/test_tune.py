@@ -57,11 +57,27 @@ def test_every_row_wears_its_own_diff(tiny):
 
 def test_batches_hold_every_example_once_and_stay_within_a_question(tiny):
     sets = [(b, examples(tiny, b, q)) for b, q in ((named(tiny, 7, 'fern', 1), 'What?'), (named(tiny, 5, 'moss', 2), 'Why?'))]
-    got = batches(sets, 3, 0, 1)
+    got = batches(sets, 3, (1, 1), 0, 1)
     assert all(len({k for k, *_ in part}) == 1 and len(part) <= 3 for part in got)
-    assert sorted((k, r) for part in got for k, r, _ in part) == [(0, i) for i in range(7)] + [(1, i) for i in range(5)]
-    assert all(e == sets[k][1][r][1] for part in got for k, r, e in part)
-    assert got == batches(sets, 3, 0, 1) != batches(sets, 3, 0, 2)
+    assert sorted((k, r) for part in got for k, r, _, _ in part) == [(0, i) for i in range(7)] + [(1, i) for i in range(5)]
+    assert all(e == sets[k][1][r][1] for part in got for k, r, e, _ in part)
+    assert got == batches(sets, 3, (1, 1), 0, 1) != batches(sets, 3, (1, 1), 0, 2)
+
+def test_an_adapter_goes_on_from_another(tiny, tmp_path):
+    banks = dict(banks={'What?': named(tiny, 6, 'fern', 1)}, val_banks={'What?': named(tiny, 2, 'moss', 2)})
+    first = train_adapter(tiny, folder=tmp_path/'first', rank=2, batch=3, epochs=2, lr=.02, **banks)
+    same = train_adapter(tiny, folder=tmp_path/'same', rank=2, batch=3, epochs=1, lr=0., start=tmp_path/'first', **banks)
+    for n in first.A: assert torch.allclose(first.B[n] @ first.A[n], same.B[n] @ same.A[n], atol=1e-4) and first.B[n].abs().max() > 0
+    facts = json.loads((tmp_path/'same'/'dit.json').read_text())
+    assert seen(facts) == 12 and facts['start']['epochs'] == 2 and seen(facts['start']) == 6
+    with pytest.raises(DitError, match='start'): train_adapter(tiny, folder=tmp_path/'same', rank=2, batch=3, epochs=1, lr=0., **banks)
+
+def test_each_diff_is_worn_at_its_strength(tiny):
+    bank = named(tiny, 3, 'fern', 1)
+    got = weakened(bank.rows([2, 0]), [.5, 1.])
+    for n, (A, B) in bank.rows([2, 0]).items(): assert torch.equal(got[n][1][0], .5*B[0]) and torch.equal(got[n][1][1], B[1]) and torch.equal(got[n][0], A)
+    strengths = [s for b in batches([(bank, examples(tiny, bank, 'What?'))], 2, (.5, 1.5), 0) for *_, s in b]
+    assert len(set(strengths)) == 3 and all(.5 <= s <= 1.5 for s in strengths)
 
 def test_validation_label_in_training_is_refused(tiny, tmp_path):
     for label in ('moss 1', 'MOSS 1 '):
