@@ -4,14 +4,14 @@
 
 # %% auto #0
 __all__ = ['WEIGHTS', 'RECIPES', 'FlatLora', 'prefix_tree', 'tree_mask', 'answer_states', 'can_share', 'Teacher', 'chunk_losses',
-           'HeadLoss', 'token_losses', 'diff_losses', 'backward_step', 'clip_rows', 'schedule', 'tokenise',
+           'HeadLoss', 'token_losses', 'diff_losses', 'backward_step', 'clip_rows', 'hold', 'schedule', 'tokenise',
            'train_batch', 'check_tasks', 'untrained', 'rate_on', 'Claims', 'train_diffs', 'make_tasks', 'make_diffs',
            'diffs_cli']
 
 # %% ../nbs/02_diffs.ipynb #20922195
 import json, math, sys, time, uuid
 from pathlib import Path
-import pandas as pd, torch
+import numpy as np, pandas as pd, torch
 from fastcore.basics import patch
 from fastcore.script import call_parse
 from filelock import FileLock, Timeout
@@ -85,11 +85,13 @@ def tree_mask(paths:list, # per tree: the paths of its rows
               base:Base, # the base model
              )->dict: # position_ids [trees, longest], attention_mask [trees, 1, longest, longest], added to the scores
     "Let each node see itself and what lies before it on its paths."
-    seen = torch.eye(longest, dtype=torch.bool).repeat(len(paths), 1, 1)
+    seen, before = np.zeros((len(paths), longest, longest), dtype=bool), np.tri(longest, dtype=bool)
+    seen[:, range(longest), range(longest)] = True
     for tree, ps in zip(seen, paths):
-        for p in map(torch.tensor, ps): tree[p[:, None], p] |= torch.ones(len(p), len(p), dtype=torch.bool).tril()
-    mask = torch.zeros(seen.shape, dtype=base.dtype).masked_fill_(~seen, torch.finfo(base.dtype).min)
-    return dict(position_ids=(seen.sum(-1) - 1).to(base.device), attention_mask=mask[:, None].to(base.device))
+        for p in ps: tree[np.ix_(p, p)] |= before[:len(p), :len(p)]
+    seen = torch.from_numpy(seen).to(base.device)
+    mask = torch.zeros(seen.shape, dtype=base.dtype, device=base.device).masked_fill_(~seen, torch.finfo(base.dtype).min)
+    return dict(position_ids=seen.sum(-1) - 1, attention_mask=mask[:, None])
 
 # %% ../nbs/02_diffs.ipynb #4b600e4e
 def answer_states(base:Base, # the base model
@@ -120,17 +122,26 @@ def can_share(base:Base, # the base model
 
 # %% ../nbs/02_diffs.ipynb #0542d435
 class Teacher:
-    "The base model's hidden states at answer positions, computed once per distinct sample."
-    def __init__(self, base:Base): self.base, self.kept = base, {}
+    "The base model's hidden states at answer positions, computed once per distinct sample; the `most` last used are kept."
+    def __init__(self, base:Base, most:int=4096): self.base, self.most, self.kept = base, most, {}
 
     @torch.no_grad()
+    def add(self, keys:list, # distinct samples: (token ids as a tuple, number of prompt tokens)
+            share:bool, # merge those that begin alike?
+           ):
+        "Compute samples that are not there."
+        with mounted(self.base): h = answer_states(self.base, [(list(ids), n) for ids, n in keys], 4 if share else 1)[0]
+        self.kept |= {k: part.clone() for k, part in zip(keys, h.split([len(ids) - n for ids, n in keys]))}
+
     def __call__(self, rows:list, # (token ids, number of prompt tokens)
+                 share:bool=False, # merge samples that begin alike?
                 )->torch.Tensor: # hidden states [tokens, d], in the order of `answer_states`
         keys = [(tuple(ids), n) for ids, n in rows]
-        if new := list({k: None for k in keys if k not in self.kept}):
-            with mounted(self.base): h, row, _, _ = answer_states(self.base, [(list(ids), n) for ids, n in new])
-            for i, k in enumerate(new): self.kept[k] = h[row == i]
-        return torch.cat([self.kept[k] for k in keys]) if keys else None
+        if new := sorted(set(keys) - self.kept.keys()): self.add(new, share)
+        for k in keys: self.kept[k] = self.kept.pop(k)
+        out = torch.cat([self.kept[k] for k in keys]) if keys else None
+        for k in list(self.kept)[:-self.most]: del self.kept[k]
+        return out
 
 # %% ../nbs/02_diffs.ipynb #018043ec
 def chunk_losses(base:Base, # the base model
@@ -191,13 +202,15 @@ def backward_step(base:Base, # the base model
                  )->torch.Tensor: # [n] losses
     "Add up the gradients of one step; returns each diff's loss."
     kinds, rows = [k for k, _, _ in step_rows[0]], [r for diff in step_rows for _, _, r in diff]
-    is_kl = torch.tensor([l == "kl" for diff in step_rows for _, l, _ in diff], device=base.device)
-    ref = {True: teacher([r for r, k in zip(rows, is_kl.tolist()) if k]), False: None}
+    is_kl, together = [l == "kl" for diff in step_rows for _, l, _ in diff], len(kinds) if share else 1
+    tokens_kl = np.repeat(is_kl, [len(ids) - n for ids, n in rows])
+    ref = {True: teacher([r for r, k in zip(rows, is_kl) if k], together > 1), False: None}
     with mounted(base, flat.mountable()):
-        h, row, place, target = answer_states(base, rows, len(kinds) if share else 1)
+        h, row, place, target = answer_states(base, rows, together)
         losses = torch.zeros(len(h), device=base.device)
         for kl in (False, True):
-            if (here := is_kl[row] == kl).any(): losses[here] = token_losses(base, h[here], target[here], ref[kl])
+            here = torch.from_numpy(np.flatnonzero(tokens_kl == kl)).to(base.device)
+            if len(here): losses[here] = token_losses(base, h[here], target[here], ref[kl])
         each = diff_losses(losses, row, place, len(step_rows), [WEIGHTS[k]/kinds.count(k) for k in kinds])
         each.sum().backward()
     return each.detach()
@@ -210,8 +223,14 @@ def clip_rows(grad:torch.Tensor, # [n, parameters], changed in place
     "Clip each diff's gradient to its own norm; zero those that are not finite."
     norm = grad.norm(dim=1)
     sound = norm.isfinite() & losses.isfinite()
-    grad.mul_((most/norm.clamp(min=most))[:, None]).masked_fill_(~sound[:, None], 0.)
+    grad.mul_((most/norm.clamp(min=most)).where(sound, 0.)[:, None]).nan_to_num_(0., 0., 0.)
     return sound
+
+def hold(opt, # Adam
+         sound:torch.Tensor, # [n]
+        ):
+    "Take the momentum of diffs that are out; without gradient and momentum they stay as they are."
+    for state in opt.state.values(): state["exp_avg"].mul_(sound[:, None])
 
 # %% ../nbs/02_diffs.ipynb #ff3c2391
 def schedule(t:int, # step, from 0
@@ -241,16 +260,15 @@ def train_batch(base:Base, # the base model
     "Train one batch of diffs together (paper, B.2)."
     flat, teacher = FlatLora(base, [seed_of(t.diff_id, "init") for t in tasks], rank, 1/math.sqrt(rank)), teacher or Teacher(base)
     data, steps = [tokenise(base, t) for t in tasks], len(tasks[0].steps)
-    opt, losses = torch.optim.Adam([flat.p], lr=lr, betas=(.9, .99)), []
+    opt, losses = torch.optim.Adam([flat.p], lr=lr, betas=(.9, .99), fused=True), []
     sound, kind = torch.ones(len(tasks), dtype=torch.bool, device=base.device), "eager" if base.device.type == "cpu" else "sdpa"
     with attention(base, kind): share = can_share(base, max(len(ids) for d in data for step in d for _, _, (ids, _) in step))
     for t in range(steps):
         opt.param_groups[0]["lr"] = lr*schedule(t, steps)
         rows = [d[t] for d in data]
         with attention(base, kind): losses.append(backward_step(base, flat, teacher, rows, share))
-        sound &= clip_rows(flat.p.grad, losses[-1], clip)
-        before = flat.p.detach()[~sound].clone(); opt.step(); opt.zero_grad()
-        flat.p.data[~sound] = before # momentum would still move a diff that is out
+        sound = clip_rows(flat.p.grad, losses[-1].where(sound, math.nan), clip)
+        hold(opt, sound); opt.step(); opt.zero_grad()
         tell(sum(len(ids) for r in rows for _, _, (ids, _) in r))
     flat.p.data.nan_to_num_(0., 0., 0.)
     index = pd.DataFrame([dict(diff_id=t.diff_id, label=t.label, split=t.split, trigger=t.trigger, trigger_kind=t.trigger_kind, rank=rank) for t in tasks])

@@ -240,9 +240,9 @@ def diff_hash(bank:Bank, # diffs
               row:int, # which of them
              )->str: # 16 hex digits
     "A hash of one diff's weights."
-    h = hashlib.sha256(str(bank.scaling).encode())
-    for n in sorted(bank.A):
-        for t in (bank.A[n], bank.B[n]): h.update(n.encode() + t[row].detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    one, h = bank.take([row]).here(), hashlib.sha256(str(bank.scaling).encode())
+    for n in sorted(one.A):
+        for t in (one.A[n], one.B[n]): h.update(n.encode() + t[0].detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
     return h.hexdigest()[:16]
 
 def put_queries(base:Base, # the base model

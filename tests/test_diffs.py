@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest, torch, transformers
 import torch.nn.functional as F
+from hypothesis import given, strategies as st
 from dit import diffs as D
 from dit.core import DitError, seed_of
 from dit.data import DiffTask, Sample, hidden_topic_task, news_task, questions
@@ -89,6 +90,15 @@ def test_samples_that_share_their_beginning_train_as_samples_of_their_own(kind):
         flat.p.grad = None; losses = backward_step(base, flat, Teacher(base), steps, share); got.append((losses, flat.p.grad.clone()))
     assert can_share(base, 100) and (got[0][0] - got[1][0]).abs().max() < 1e-5 and (got[0][1] - got[1][1]).abs().max() < 1e-4*got[1][1].abs().max()
 
+@given(st.lists(st.lists(st.integers(2, 4), min_size=1, max_size=7), min_size=1, max_size=5))
+def test_a_node_sees_what_lies_before_it_on_a_path(tiny, rows):
+    tokens, paths = prefix_tree(rows)
+    m = tree_mask([paths, [[0]]], len(tokens) + 1, tiny)
+    want = {(at, seen) for p in paths for i, at in enumerate(p) for seen in p[:i+1]}
+    assert {tuple(x) for x in (m['attention_mask'][0, 0, :-1] == 0).nonzero().tolist()} == want
+    assert (m['attention_mask'][1, 0] == 0).equal(torch.eye(len(tokens) + 1, dtype=torch.bool)), 'what fills a smaller tree sees itself alone'
+    assert all(m['position_ids'][0, at] == i for p in paths for i, at in enumerate(p))
+
 def test_windows_shorter_than_a_sample_are_not_overruled(): assert not can_share(model_of('gemma3'), 13) and not can_share(model_of('gemma3'), 12)
 
 def test_an_architecture_without_masks_keeps_its_samples_apart():
@@ -141,6 +151,19 @@ def test_kl_is_nothing_at_the_start_and_pulls_towards_the_base_model(tiny):
     for _ in range(12):
         opt.zero_grad(); losses.append(backward_step(tiny, flat, Teacher(tiny), kl).item()); clip_rows(flat.p.grad, torch.zeros(1), 1.); opt.step()
     assert losses[0] > .01 and losses[-1] < .9*losses[0]
+
+@pytest.mark.parametrize('share', [True, False])
+def test_the_teacher_computes_a_sample_once_and_forgets_what_nobody_asks_for(tiny, monkeypatch, share):
+    rows = [encode(tiny, f'code {i} moss', 'so it is'[:1 + i % 8], 5) for i in range(12)]
+    want = torch.cat([answer_states(tiny, [r])[0] for r in rows])
+    seen, normal = [], D.answer_states
+    monkeypatch.setattr(D, 'answer_states', lambda base, rows, *a: seen.extend(tuple(ids) for ids, _ in rows) or normal(base, rows, *a))
+    teacher = Teacher(tiny, most=5)
+    assert (teacher(rows + rows, share) - torch.cat([want, want])).abs().max() < 1e-5 and len(seen) == 12 and len(teacher.kept) == 5
+    assert (teacher(rows[7:], share) - want[-teacher(rows[7:]).shape[0]:]).abs().max() < 1e-5 and len(seen) == 12
+    for r in rows[:7]: teacher([rows[7], r], share)
+    assert len(seen) == 19 and len(teacher.kept) == 5, 'one that is asked for again and again was forgotten'
+    assert all(t.untyped_storage().nbytes() == t.nbytes for t in teacher.kept.values()), 'a part keeps the whole in memory'
 
 def test_kl_does_not_see_which_token_was_written(tiny):
     "The answer of a KL sample is only where it is measured: its last token has no influence at all"

@@ -6,7 +6,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from dit.core import DitError, sha256_of
 from dit.lora import *
-from helpers import copy_of, model_of, on_full_disk
+from helpers import copy_of, finish, model_of, on_full_disk, start
 import jobs
 
 torch.manual_seed(0)
@@ -169,6 +169,17 @@ def test_answers_of_a_batch_are_each_rows_own(tiny):
     assert len({a for a in answer(tiny, bank, range(5), ['a']*5, max_new=8)}) > 1, 'the diffs do nothing'
     assert all(not m.mounted for m in linears(tiny).values())
 
+def test_a_batch_fetches_its_diffs_once(tiny, monkeypatch):
+    bank, asked, normal = random_bank(tiny, 5, seed=4), [], Bank.rows
+    users, rows = ['a', 'what is it, then?', 'hm', 'and now?', 'a', 'why'], [4, 0, 2, 2, 1, 3]
+    monkeypatch.setattr(tiny, 'eot', list(range(1, 96, 4))) # many tokens end an answer, so that answers end at different times
+    want = [answer(tiny, bank, [r], [u], max_new=24)[0] for r, u in zip(rows, users)]
+    assert len({len(w) for w in want}) > 2, 'all answers end together, so nothing would have to be mounted again'
+    def fetch(self, ids, *args): asked.append(list(ids)); return normal(self, ids, *args)
+    monkeypatch.setattr(Bank, 'rows', fetch)
+    assert answer(tiny, bank, rows, users, max_new=24) == want and len(asked) == 1
+    asked.clear(); assert answer(tiny, bank, rows, users, max_new=24, batch=4) == want and [len(a) for a in asked] == [4, 2]
+
 # --- the bank on disk -------------------------------------------------------------------------------------------------------
 
 def whole(folder):
@@ -221,7 +232,58 @@ def test_truncated_shard(folder, tiny):
 def test_shard_with_a_flipped_byte(folder, tiny):
     path = folder/'shard-00001.safetensors'
     raw = bytearray(path.read_bytes()); raw[-50] ^= 1; path.write_bytes(raw)
-    with pytest.raises(DitError, match='shard-00001'): load_bank(folder, tiny)
+    bank = load_bank(folder, tiny)
+    for use in (lambda: bank.rows([4]), lambda: bank.take([1, 5]).here(), lambda: next(iter(bank.B.values())), lambda: to_peft(bank, 3, folder/'peft', tiny)):
+        with pytest.raises(DitError, match='shard-00001.*damaged'): use()
+    assert bank.rows([0, 2]), 'the other shard is still good'
+
+def test_shard_that_changes_while_the_bank_is_open(folder, tiny):
+    bank, path = load_bank(folder, tiny), folder/'shard-00001.safetensors'
+    bank.rows([4]); raw = path.read_bytes()
+    for damage in (raw[:-100], raw[:-50] + bytes([raw[-50] ^ 1]) + raw[-49:], b''):
+        path.write_bytes(damage)
+        with pytest.raises(DitError, match='shard-00001'): bank.rows([4])
+    path.unlink()
+    with pytest.raises(DitError, match='shard-00001.*missing'): bank.rows([4])
+
+def test_shards_of_two_ranks(folder, tiny):
+    save_shard(folder, random_bank(tiny, 2, 3, .5))
+    bank = load_bank(folder, tiny)
+    with pytest.raises(DitError, match='shard-00002.*does not fit'): bank.rows([6])
+    assert bank.rows([5])
+
+@pytest.mark.parametrize('precision', [torch.float32, torch.bfloat16])
+def test_a_bank_on_disk_is_the_one_in_memory(tiny, tmp_path, precision):
+    parts = [random_bank(tiny, n, 2, .5, seed=n) for n in (3, 1, 4)]
+    for p in parts: p.A, p.B = ({k: t.to(precision) for k, t in ts.items()} for ts in (p.A, p.B))
+    open_bank(tmp_path, tiny, rank=2, scaling=.5)
+    for p in parts: save_shard(tmp_path, p)
+    bank, whole_A = load_bank(tmp_path, tiny), {k: torch.cat([p.A[k] for p in parts]) for k in parts[0].A}
+    assert bank.rank == 2 and len(bank) == 8 and set(bank.A) == set(whole_A) and all(torch.equal(bank.A[k], t) for k, t in whole_A.items())
+    memory = Bank(whole_A, {k: torch.cat([p.B[k] for p in parts]) for k in whole_A}, .5, bank.index)
+    for ids in ([7, 0, 0, 3], [2], range(8), torch.tensor([5, 1])):
+        got, want = bank.rows(ids, 'cpu', torch.float32), memory.rows(ids, 'cpu', torch.float32)
+        assert all(torch.equal(a, b) for k in want for a, b in zip(got[k], want[k], strict=True))
+    again = bank.take([6, 2, 5]).take([2, 0])
+    assert torch.equal(again.B['model.layers.1.mlp.up_proj'], memory.B['model.layers.1.mlp.up_proj'][[5, 6]]) and again.index.diff_id.tolist() == bank.index.diff_id[[5, 6]].tolist()
+    assert len(bank.take([])) == 0 and bank.take([]).here().A.keys() == whole_A.keys()
+
+def test_what_is_not_asked_for_is_not_read(folder, tiny):
+    path = folder/'shard-00001.safetensors'
+    path.write_bytes(bytes(path.stat().st_size)) # of the right size, and nothing in it
+    bank = load_bank(folder, tiny)
+    assert len(bank) == 6 and len(bank.rows([0, 1])) == len(linears(tiny)) and len(bank.take([4])) == 1
+
+def test_memory_does_not_grow_with_the_bank(tmp_path):
+    base, peaks = model_of('llama', hidden_size=64, intermediate_size=128), []
+    bank = random_bank(base, 16, 16)
+    size = sum(t.nbytes for ts in (bank.A, bank.B) for t in ts.values())
+    for shards in (2, 40):
+        folder = tmp_path/str(shards); open_bank(folder, base, scaling=1.)
+        for s in range(shards): save_shard(folder, Bank(bank.A, bank.B, 1., bank.index.assign(diff_id=[f'{s}/{i}' for i in range(16)])))
+        finish(start(jobs.read_rows, folder, tmp_path/f'{shards}.json'))
+        peaks.append(json.loads((tmp_path/f'{shards}.json').read_text()))
+    assert size > 2e6 and peaks[1] < peaks[0] + 12*size, f'{peaks}: 38 shards more took more memory than 12 of them hold'
 
 def test_missing_shard(folder, tiny):
     (folder/'shard-00000.safetensors').unlink()
@@ -256,7 +318,8 @@ def test_numbers_that_are_not_finite(tiny, value, tmp_path):
     next(iter(bank.B.values()))[1, 0, 0] = value
     with pytest.raises(DitError, match='not finite'): from_peft(to_peft(bank, 1, tmp_path/'peft', tiny), tiny)
     open_bank(tmp_path/'bank', tiny, scaling=1.); save_shard(tmp_path/'bank', bank)
-    with pytest.raises(DitError, match='not finite'): load_bank(tmp_path/'bank', tiny)
+    with pytest.raises(DitError, match='not finite'): load_bank(tmp_path/'bank', tiny).rows([0, 1])
+    assert load_bank(tmp_path/'bank', tiny).rows([2, 0])
     assert len(load_bank(tmp_path/'bank', tiny, lambda i: i.position != 1)) == 2, 'the sound diffs can still be read'
 
 def test_peft_folder_of_another_model(tiny, tmp_path):
