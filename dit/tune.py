@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['examples', 'Adapter', 'mean_loss', 'batches', 'load_state', 'save_state', 'label_hash', 'train_adapter',
-           'train_epoch']
+           'train_epoch', 'packaged_adapter']
 
 # %% ../nbs/03_tune.ipynb #3e166b2e
 import io, json, math
@@ -152,3 +152,14 @@ def train_epoch(acc:Accelerator, # devices and processes
         acc.backward(loss); acc.clip_grad_norm_(net.parameters(), clip); opt.step(); sched.step(); opt.zero_grad()
         losses.append(loss.detach())
     return torch.stack(losses).mean().item()
+
+# %% ../nbs/03_tune.ipynb #9155f453
+def packaged_adapter(task:str, # hidden_topic or news
+                     base:Base, # the base model
+                    )->Path:
+    "The adapter that comes with the package for this base model and task."
+    root = package_data("x").parent.parent/"adapters"
+    for p in sorted(root.glob("*/dit.json")):
+        facts = json.loads(p.read_text())
+        if facts["fingerprint"] == fingerprint(base) and TASKS[task] in facts["questions"]: return p.parent
+    raise DitError(f"no DIT adapter for {base.name!r} and the task {task} comes with the package; train one with `train_adapter` (nbs/03_tune.ipynb) and give its folder.")
