@@ -1,5 +1,5 @@
 "The chat page: its callbacks in a live kernel, and in a real browser where there is one"
-import json, os, queue, shutil, subprocess, sys, time, urllib.request
+import html, json, os, shutil, subprocess, sys, time
 from pathlib import Path
 
 import nbformat, pytest
@@ -93,7 +93,6 @@ def test_the_page_in_a_real_browser(browser, lab, tmp_path):
     page.select_option('.jp-OutputArea .widget-dropdown select', label='label 1'); trigger.check()
     page.click('.jp-Notebook .jp-Cell >> nth=1'); page.keyboard.press('Shift+Enter')
     page.wait_for_selector('.jp-Cell >> nth=1 >> .jp-OutputArea-output pre')
-    import html
     plain, both, base = map(html.unescape, eval(page.inner_text('.jp-Cell >> nth=1 >> .jp-OutputArea-output pre')))
     squash = lambda text: ''.join(text.split())
     assert squash(plain) in squash(said[0]) and squash(both) in squash(said[1]) and squash(base) in squash(said[2])
