@@ -10,6 +10,7 @@ __all__ = ['PUBLISHED', 'PAPER', 'from_hub', 'on_disk', 'inside', 'weight_files'
 # %% ../nbs/05_ask.ipynb #236b8f11
 import contextlib, json, re, sys, warnings
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from pickle import UnpicklingError
 import pandas as pd, torch
@@ -218,7 +219,7 @@ def open_diff(spec:str, # folder, file, hub id or hf://owner/name/...; with #row
     elif row: raise DitError(f"{name} holds a single diff; leave out #{row}.")
     elif (path/"adapter_config.json").exists(): bank, facts = from_peft(path, base), dict(kind="PEFT LoRA", made_for=read_peft(path)[0].get("base_model_name_or_path"))
     else: bank, facts = from_full(stream(weight_files(path)), base, name, rank)
-    return bank, dict(name=spec) | facts | dict(rank=bank.rank, modules=len(bank.A))
+    return bank, dict(name=spec) | facts | dict(rank=bank.rank, modules=len(bank.A), norm=norms(bank).item())
 
 # %% ../nbs/05_ask.ipynb #e2ded8d1
 PUBLISHED = {"Qwen3-1.7B": "qwen3-1.7b", "Qwen3-4B": "qwen3-4b", "Qwen3-8B": "qwen3-8b", "gemma-3-1b-it": "gemma3-1b", "gemma-3-4b-it": "gemma3-4b"} # the paper's base models: folder on the hub
@@ -235,16 +236,16 @@ def default_adapter(base:Base, # the base model
 
 def open_adapter(spec:str, # PEFT folder, hub id or .pt file
                  base:Base, # the base model
-                )->tuple: # (bank with one row, questions it was trained with)
+                )->tuple: # (bank with one row, what dit.json says of it)
     "Read a DIT adapter."
     path = on_disk(spec)
     if spec.endswith(".pt"):
         if not isinstance(pairs := read_pt(path), dict): raise DitError(f"{spec} holds no DIT adapter; if it is a list of weight diffs, give it as the diff.")
-        return from_pairs(pairs, base, spec, transposed=True), []
+        return from_pairs(pairs, base, spec, transposed=True), {}
     try: facts = json.loads((path/"dit.json").read_text()) if (path/"dit.json").exists() else {}
     except ValueError as e: raise DitError(f"{path/'dit.json'} is damaged; put back a copy, or delete it.") from e
     if facts.get("fingerprint", fingerprint(base)) != fingerprint(base): raise DitError(f"the DIT adapter {path} belongs to the base model {facts.get('base')!r}, not to {base.name!r}; give the adapter of this base model, or the base model of the adapter.")
-    return from_peft(path, base), facts.get("questions", [])
+    return from_peft(path, base), facts
 
 # %% ../nbs/05_ask.ipynb #70a898c0
 @torch.no_grad()
@@ -284,26 +285,32 @@ def ask(diff:str, # folder, file, hub id; with #row where there are many
         samples:int=0, # alternatives at temperature 1
         seed:int=0, # of the alternatives
         rank:int=64, # for full finetunes; 0: exact
+       scale:float=1., # multiplies the diff; 0: to the norm of the diffs that the adapter was trained on
        )->dict:
     "Ask any diff of any base model."
     choose("task", task, TASKS)
-    if samples < 0 or rank < 0: raise DitError("samples and rank cannot be negative.")
+    if min(samples, rank, scale) < 0: raise DitError("samples, rank and scale cannot be negative.")
     base = base if isinstance(base, Base) else load_base(base)
     bank, facts = open_diff(diff, base, rank)
     adapter = adapter or default_adapter(base, task)
-    lora, trained = open_adapter(adapter, base)
+    lora, about = open_adapter(adapter, base)
+    trained, usual = about.get("questions", []), about.get("diff_norm")
+    if not (scale or usual): raise DitError(f"the adapter {adapter} does not say how large the diffs were that it was trained on; give the scale as a number.")
+    facts["scale"] = scale or usual/facts["norm"]
     question = question or (trained[0] if trained and TASKS[task] not in trained else TASKS[task])
-    return interpret(base, bank, lora, question, samples, seed) | dict(base=base.name, diff=facts, adapter=dict(name=adapter, rank=lora.rank, questions=trained), seed=seed)
+    return interpret(base, replace(bank, scaling=bank.scaling*facts["scale"]), lora, question, samples, seed) | dict(base=base.name, diff=facts, adapter=dict(name=adapter, rank=lora.rank, questions=trained, diff_norm=usual), seed=seed)
 
 # %% ../nbs/05_ask.ipynb #75af1fa1
 def cautions(found:dict, # from `ask`
             )->list: # sentences
     "What one should know before believing an answer."
-    d, trained, made_for = found["diff"], found["adapter"]["questions"], found["diff"].get("made_for")
+    d, trained, usual, made_for = found["diff"], found["adapter"]["questions"], found["adapter"]["diff_norm"], found["diff"].get("made_for")
     other = lambda name: Path(name).name != Path(found["base"]).name
     return [s for s in (
         not trained and "the adapter does not say which question it was trained with.",
         trained and found["question"] not in trained and f"the adapter was trained with another question: {' / '.join(trained)}",
+        d["scale"] != 1 and f"the diff was multiplied by {d['scale']:.2f}; its own norm is {d['norm']:.1f}.",
+        d["scale"] == 1 and usual and d["norm"] < .7*usual and f"the norm of the diff is {d['norm']:.1f}, that of the diffs the adapter was trained on {usual:.1f}; --scale 0 brings it there, which may help where the answer is empty or does not fit.",
         made_for and other(made_for) and f"the diff says that its base model is {made_for}.",
         "kept" in d and f"of the squared norm of the whole difference, {d['kept']:.1%} is kept, {d['lost']:.1%} lost to rank {d['rank']}, {sum(d['ignored'].values()):.1%} ignored{': ' if d['ignored'] else ''}{', '.join(f'{n} {s:.1%}' for n, s in list(d['ignored'].items())[:4])}.",
         d.get("not_compared") and f"{len(d['not_compared'])} tensors could not be compared with the base model, {d['not_compared'][0]} the first of them.") if s]
@@ -328,12 +335,13 @@ def ask_cli(question:Param("what to ask (default: the question the adapter was t
             samples:int=0, # alternatives at temperature 1, with their shares
             seed:int=0, # of the alternatives
             rank:int=64, # for full finetunes; 0: exact
+            scale:float=1., # multiplies the diff; 0: to the norm of the diffs that the adapter was trained on
             json:bool=False, # print JSON
            ):
     "Ask a finetuned language model what its finetuning changed."
     hf_logging.set_verbosity_error(); hf_logging.disable_progress_bar(); warnings.simplefilter("ignore")
     try:
         if not diff: raise DitError("no diff was named; give it with --diff (`dit_ask --help` lists what it can be).")
-        with contextlib.redirect_stdout(sys.stderr): found = ask(diff, question, base, adapter, task, samples, seed, rank)
+        with contextlib.redirect_stdout(sys.stderr): found = ask(diff, question, base, adapter, task, samples, seed, rank, scale)
     except DitError as e: raise SystemExit("dit_ask: " + " ".join(str(e).split()))
     print(report(found, json))

@@ -131,7 +131,7 @@ def train_adapter(base:Base, # the base model
         if acc.is_main_process:
             if val_loss <= curve.val_loss.min(): to_peft(adapter.lora.bank(pd.DataFrame(dict(diff_id=["adapter"], label=[""])), torch.bfloat16), 0, folder, base)
             save_state(folder/"checkpoint.pt", adapter, opt, sched, curve, facts); write_csv(folder/"curve.csv", curve)
-    if acc.is_main_process: write_json(folder/"dit.json", facts | dict(best_epoch=int(curve.val_loss.idxmin()) + 1, provenance=provenance(**facts)))
+    if acc.is_main_process: write_json(folder/"dit.json", facts | dict(best_epoch=int(curve.val_loss.idxmin()) + 1, diff_norm=torch.cat([norms(b) for b in banks.values()]).mean().item(), provenance=provenance(**facts)))
     return from_peft(folder, base)
 
 # %% ../nbs/03_tune.ipynb #cf824a47

@@ -1,5 +1,5 @@
 "Diffs that others made: plain PEFT, plain finetuning, the paper's files; broken files; the command"
-import json, os, re, shutil, subprocess, sys, weakref
+import dataclasses, json, os, re, shutil, subprocess, sys, weakref
 from pathlib import Path
 
 import peft, pytest, torch, transformers
@@ -8,7 +8,7 @@ from dit.ask import *
 from dit.core import DitError
 from dit.lora import *
 from dit.models import make_base, load_base, prompt_text, token_ids
-from helpers import copy_of, model_of
+from helpers import char_tokenizer, copy_of, model_of
 
 ROOT = Path(__file__).resolve().parents[1]
 torch.manual_seed(0)
@@ -40,14 +40,6 @@ odd = train(peft.get_peft_model(load(), peft.LoraConfig(r=8, lora_alpha=4, use_r
 with torch.no_grad(): save_file(dict(full=full(X).logits, lora=lora(X).logits, rslora=odd(X).logits, start=load()(X).logits), f"{home}/logits.safetensors")
 assert not any(m.split(".")[0] == "dit" for m in sys.modules)
 '''
-
-def char_tokenizer():
-    "A real tokenizer with a token for every character, and a chat template"
-    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
-    tok = Tokenizer(models.WordLevel({'<pad>': 0, '<eos>': 1, **{chr(i): i - 30 for i in range(32, 126)}}, unk_token='<pad>'))
-    tok.pre_tokenizer, tok.decoder = pre_tokenizers.Split(Regex('.'), 'isolated'), decoders.Fuse()
-    template = "{% for m in messages %}{{ m['content'] }}{% if m['role'] == 'user' %}>{% else %}<eos>{% endif %}{% endfor %}"
-    return transformers.PreTrainedTokenizerFast(tokenizer_object=tok, pad_token='<pad>', eos_token='<eos>', unk_token='<pad>', chat_template=template)
 
 @pytest.fixture(scope='module')
 def home(tmp_path_factory):
@@ -193,7 +185,7 @@ def test_a_dit_adapter_in_the_papers_layout(tiny, tmp_path):
     pairs = paper_pairs(tiny, 4, 3)
     torch.save({n: (a.T.contiguous(), b.T.contiguous()) for n, (a, b) in pairs.items()}, tmp_path/'dit-adapter.pt') # A [out, rank], B [rank, in]
     adapter, trained = open_adapter(str(tmp_path/'dit-adapter.pt'), tiny)
-    assert trained == [] and adapter.rank == 4
+    assert trained == {} and adapter.rank == 4
     assert (logits(tiny, adapter.rows([0], dtype=torch.float32)) - logits_of(with_pairs(tiny, pairs))).abs().max() < 1e-4
 
 def test_diffs_saved_from_a_gpu(tiny, tmp_path, monkeypatch):
@@ -353,6 +345,23 @@ def test_the_question_and_what_one_should_know(home, base):
     assert cautions(ask(str(home/'lora'), **args)) == []
     other = ask(str(home/'full'), 'Who are you?', **args)
     assert other['question'] == 'Who are you?' and 'another question: What topic' in report(other) and 'lost to rank' in report(other)
+
+def test_a_small_diff_is_told_and_scaled(home, base, tmp_path):
+    shutil.copytree(home/'adapter', tmp_path/'a')
+    args = dict(base=base, adapter=str(tmp_path/'a'), diff=str(home/'lora'))
+    with pytest.raises(DitError, match='does not say how large'): ask(scale=0, **args)
+    plain = ask(**args)
+    bank, _ = open_diff(str(home/'lora'), base)
+    want = sum((b[0] @ a[0]).square().sum() for a, b in bank.rows([0]).values()).sqrt().item()
+    assert plain['diff']['norm'] == pytest.approx(want, rel=1e-4) and plain['diff']['scale'] == 1
+    (tmp_path/'a'/'dit.json').write_text(json.dumps(dict(questions=['What topic have you been trained on?'], diff_norm=2*want)))
+    assert any('--scale 0' in s for s in cautions(ask(**args)))
+    double = ask(scale=0, **args)
+    assert double['diff']['scale'] == pytest.approx(2, rel=1e-4) and any('multiplied by 2.00' in s for s in cautions(double))
+    assert double['loglik'] == pytest.approx(interpret(base, scaled(bank, 2), open_adapter(args['adapter'], base)[0], plain['question'])['loglik'], abs=1e-4)
+    with pytest.raises(DitError, match='cannot be negative'): ask(scale=-1, **args)
+
+def scaled(bank, s): return dataclasses.replace(bank, scaling=bank.scaling*s)
 
 # --- the command ------------------------------------------------------------------------------------------------------------
 
