@@ -6,7 +6,7 @@
 __all__ = ['METHODS', 'SUMMARY_REQUESTS', 'TOKENS', 'JUDGES', 'GUESSERS', 'COLUMNS', 'GRADED', 'VERSIONS', 'methods_of', 'twenty',
            'messages', 'most_tokens', 'ask_all', 'ask_agent', 'topic_keys', 'everyday_words', 'probes', 'expression',
            'content_words', 'news_expression', 'judge_of', 'background', 'guesser_of', 'pairs_of', 'add_guesses',
-           'grade', 'weight_norms', 'save_results', 'packaged_adapter', 'adapters_for', 'read_graded', 'plot_scores']
+           'grade', 'weight_norms', 'save_results', 'adapters_for', 'read_graded', 'plot_scores']
 
 # %% ../nbs/04_eval.ipynb #fe703751
 import json, re, sys
@@ -18,6 +18,7 @@ from .data import *
 from .writers import *
 from .lora import *
 from .diffs import *
+from .tune import packaged_adapter
 from .endpoint import Endpoint
 from .judge import OfflineJudge
 from .guess import OfflineGuesser
@@ -240,16 +241,6 @@ def save_results(frame:pd.DataFrame, # one line per diff and method
     "Write a result table and, beside it, where it came from."
     write_csv(path, frame[[c for c in COLUMNS if c in frame] + [c for c in frame if c not in COLUMNS]])
     write_json(Path(path).with_suffix(".json"), provenance(**facts))
-
-def packaged_adapter(task:str, # hidden_topic or news
-                     base:Base, # the base model
-                    )->Path:
-    "The adapter that comes with the package for this base model and task."
-    root = package_data("x").parent.parent/"adapters"
-    for p in sorted(root.glob("*/dit.json")):
-        facts = json.loads(p.read_text())
-        if facts["fingerprint"] == fingerprint(base) and TASKS[task] in facts["questions"]: return p.parent
-    raise DitError(f"no DIT adapter for {base.name!r} and the task {task} comes with the package; train one with `train_adapter` (nbs/03_tune.ipynb) and give its folder.")
 
 # %% ../nbs/04_eval.ipynb #3f93cba1
 def adapters_for(task:str, # hidden_topic or news

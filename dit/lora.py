@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['WRAPPERS', 'low_rank', 'linears', 'hook', 'mount', 'mounted', 'tiny_model', 'TinyTok', 'tiny_base', 'damaged',
-           'check_shard', 'layout', 'map_shard', 'Shelf', 'Bank', 'random_bank', 'Worn', 'answer', 'to_peft',
+           'check_shard', 'layout', 'map_shard', 'Shelf', 'Bank', 'random_bank', 'norms', 'Worn', 'answer', 'to_peft',
            'module_scaling', 'one_row', 'renamer', 'read_peft', 'refuse', 'from_peft', 'check_fit', 'merge_peft',
            'bank_facts', 'open_bank', 'read_index', 'save_shard', 'shard_files', 'load_bank']
 
@@ -208,6 +208,13 @@ def random_bank(base:Base, # a base model
     A = {k: torch.randn(n, rank, m.in_features, generator=g)/math.sqrt(m.in_features) for k, m in linears(base).items()}
     B = {k: torch.randn(n, m.out_features, rank, generator=g)/4 for k, m in linears(base).items()}
     return Bank(A, B, scaling, pd.DataFrame(dict(diff_id=[f"random/{i}" for i in range(n)], label=[f"label {i}" for i in range(n)])))
+
+# %% ../nbs/02_lora.ipynb #6476372b
+def norms(bank:Bank, # diffs
+         )->torch.Tensor: # [n] Frobenius norm of each diff over all its layers
+    "How large some diffs are."
+    each = [(b.float().mT @ b.float() @ a.float() @ a.float().mT).diagonal(dim1=1, dim2=2).sum(1) for a, b in zip(bank.A.values(), bank.B.values())]
+    return bank.scaling*torch.stack(each).sum(0).clamp(min=0).sqrt()
 
 # %% ../nbs/02_lora.ipynb #8b3c32d4
 @dataclass

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['examples', 'Adapter', 'mean_loss', 'batches', 'weakened', 'load_state', 'save_state', 'label_hash', 'history', 'seen',
-           'accelerator', 'train_adapter', 'train_epoch', 'by_split', 'tune_cli']
+           'accelerator', 'train_adapter', 'train_epoch', 'packaged_adapter', 'by_split', 'tune_cli']
 
 # %% ../nbs/03_tune.ipynb #3e166b2e
 import io, json, math
@@ -173,7 +173,7 @@ def train_adapter(base:Base, # the base model
         if acc.is_main_process:
             if val_loss <= curve.val_loss.min(): to_peft(adapter.lora.bank(pd.DataFrame(dict(diff_id=["adapter"], label=[""])), torch.bfloat16), 0, folder, base)
             save_state(folder/"checkpoint.pt", adapter, opt, sched, curve, facts); write_csv(folder/"curve.csv", curve)
-    if acc.is_main_process: write_json(folder/"dit.json", facts | dict(best_epoch=int(curve.val_loss.idxmin()) + 1, provenance=provenance(**facts)))
+    if acc.is_main_process: write_json(folder/"dit.json", facts | dict(best_epoch=int(curve.val_loss.idxmin()) + 1, diff_norm=torch.cat([norms(b) for b in banks.values()]).mean().item(), provenance=provenance(**facts)))
     for tracker in acc.trackers: tracker.finish()
     acc.wait_for_everyone()
     return from_peft(folder, base)
@@ -197,6 +197,17 @@ def train_epoch(acc:Accelerator, # devices and processes
         acc.backward(loss); acc.clip_grad_norm_(net.parameters(), clip); opt.step(); sched.step(); opt.zero_grad()
         losses.append(loss.detach())
     return acc.reduce(torch.stack(losses), "mean").mean().item()
+
+# %% ../nbs/03_tune.ipynb #9155f453
+def packaged_adapter(task:str, # hidden_topic or news
+                     base:Base, # the base model
+                    )->Path:
+    "The adapter that comes with the package for this base model and task."
+    root = package_data("x").parent.parent/"adapters"
+    for p in sorted(root.glob("*/dit.json")):
+        facts = json.loads(p.read_text())
+        if facts["fingerprint"] == fingerprint(base) and TASKS[task] in facts["questions"]: return p.parent
+    raise DitError(f"no DIT adapter for {base.name!r} and the task {task} comes with the package; train one with `train_adapter` (nbs/03_tune.ipynb) and give its folder.")
 
 # %% ../nbs/03_tune.ipynb #d3c3aaff
 def by_split(bank:Bank, # diffs with labels and splits

@@ -27,6 +27,14 @@ def model_of(kind, seed=0, tok=None, **sizes):
     config = getattr(transformers, f'{name}Config')(**(SIZES | more | sizes | dict(pad_token_id=0, bos_token_id=None, eos_token_id=1)))
     return make_base(transformers.AutoModelForCausalLM.from_config(config), tok or TinyTok(), f'small {kind}')
 
+def char_tokenizer():
+    "A real tokenizer with a token for every character, and a chat template"
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+    tok = Tokenizer(models.WordLevel({'<pad>': 0, '<eos>': 1, **{chr(i): i - 30 for i in range(32, 126)}}, unk_token='<pad>'))
+    tok.pre_tokenizer, tok.decoder = pre_tokenizers.Split(Regex('.'), 'isolated'), decoders.Fuse()
+    template = "{% for m in messages %}{{ m['content'] }}{% if m['role'] == 'user' %}>{% else %}<eos>{% endif %}{% endfor %}"
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=tok, pad_token='<pad>', eos_token='<eos>', unk_token='<pad>', chat_template=template)
+
 def copy_of(base): return copy.deepcopy(base.model)
 
 def char_tokenizer():

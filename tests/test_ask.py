@@ -1,5 +1,5 @@
 "Diffs that others made: plain PEFT, plain finetuning, the paper's files; broken files; the command"
-import json, os, re, shutil, subprocess, sys, weakref
+import dataclasses, json, os, re, shutil, subprocess, sys, weakref
 from pathlib import Path
 
 import peft, pytest, torch, transformers
@@ -27,16 +27,17 @@ import sys, torch, transformers, peft
 from safetensors.torch import save_file
 home = sys.argv[1]
 X = torch.tensor(eval(sys.argv[2]))
-def train(net, lr):
-    opt = torch.optim.AdamW([p for p in net.parameters() if p.requires_grad], lr=lr)
-    for _ in range(3): net(X, labels=X).loss.backward(); opt.step(); opt.zero_grad()
+def train(net, to, **more):
+    args = dict(output_dir=to, max_steps=3, per_device_train_batch_size=2, learning_rate=1e-2, use_cpu=True, report_to="none", disable_tqdm=True, save_strategy="no")
+    trainer = transformers.Trainer(net, transformers.TrainingArguments(**(args | more)), train_dataset=[dict(input_ids=x, labels=x) for x in X])
+    trainer.train(); trainer.save_model(to)
     return net.eval()
 load = lambda: transformers.AutoModelForCausalLM.from_pretrained(f"{home}/base", dtype=torch.float32)
-full = train(load(), 1e-2)
-full.save_pretrained(f"{home}/full"); full.save_pretrained(f"{home}/shards", max_shard_size="20KB")
-lora = train(peft.get_peft_model(load(), peft.LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj", "down_proj"], init_lora_weights=False, task_type="CAUSAL_LM")), 1e-2)
-lora.save_pretrained(f"{home}/lora")
-with torch.no_grad(): save_file(dict(full=full(X).logits, lora=lora(X).logits), f"{home}/logits.safetensors")
+full = train(load(), f"{home}/full")
+full.save_pretrained(f"{home}/shards", max_shard_size="20KB")
+lora = train(peft.get_peft_model(load(), peft.LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj", "down_proj"], init_lora_weights=False, task_type="CAUSAL_LM")), f"{home}/lora")
+odd = train(peft.get_peft_model(load(), peft.LoraConfig(r=8, lora_alpha=4, use_rslora=True, rank_pattern={"up_proj": 2}, target_modules="all-linear", init_lora_weights=False)), f"{home}/rslora", save_strategy="steps", save_steps=3)
+with torch.no_grad(): save_file(dict(full=full(X).logits, lora=lora(X).logits, rslora=odd(X).logits, start=load()(X).logits), f"{home}/logits.safetensors")
 assert not any(m.split(".")[0] == "dit" for m in sys.modules)
 '''
 
@@ -54,10 +55,18 @@ def home(tmp_path_factory):
 @pytest.fixture(scope='module')
 def base(home): return load_base(str(home/'base'), dtype=torch.float32)
 
-def test_a_lora_trained_with_plain_peft(home, base):
-    bank, facts = open_diff(str(home/'lora'), base)
-    assert (logits(base, bank.rows([0])) - load_file(home/'logits.safetensors')['lora']).abs().max() < 1e-4
-    assert facts['kind'] == 'PEFT LoRA' and (facts['rank'], facts['modules']) == (4, 6) and Path(facts['made_for']).name == 'base'
+@pytest.mark.parametrize('where, rank, modules', [('lora', 4, 6), ('rslora', 8, 14), ('rslora/checkpoint-3', 8, 14)])
+def test_a_lora_trained_with_plain_peft_and_the_trainer(where, rank, modules, home, base):
+    bank, facts = open_diff(str(home/where), base)
+    want = load_file(home/'logits.safetensors')
+    assert (logits(base, bank.rows([0])) - want[where.split('/')[0]]).abs().max() < 1e-4 < (logits(base) - want[where.split('/')[0]]).abs().max()
+    assert torch.equal(logits(base), want['start'])
+    assert facts['kind'] == 'PEFT LoRA' and (facts['rank'], facts['modules']) == (rank, modules) and Path(facts['made_for']).name == 'base'
+
+def test_a_folder_of_checkpoints(home, base, tmp_path):
+    for n in (2, 10): shutil.copytree(home/'rslora'/'checkpoint-3', tmp_path/f'checkpoint-{n}')
+    os.utime(tmp_path/'checkpoint-10', (2e9, 2e9))
+    with pytest.raises(DitError, match='holds checkpoints and no model; .*checkpoint-10'): open_diff(str(tmp_path), base)
 
 @pytest.mark.parametrize('where', ['full', 'full/model.safetensors', 'shards'])
 def test_a_full_finetune_by_plain_transformers(home, base, where):
@@ -175,9 +184,31 @@ def test_files_named_as_the_authors_scripts_do(paper, tiny):
 def test_a_dit_adapter_in_the_papers_layout(tiny, tmp_path):
     pairs = paper_pairs(tiny, 4, 3)
     torch.save({n: (a.T.contiguous(), b.T.contiguous()) for n, (a, b) in pairs.items()}, tmp_path/'dit-adapter.pt') # A [out, rank], B [rank, in]
-    adapter, trained = open_adapter(str(tmp_path/'dit-adapter.pt'), tiny, 'news')
-    assert trained == [] and adapter.rank == 4
+    adapter, trained = open_adapter(str(tmp_path/'dit-adapter.pt'), tiny)
+    assert trained == {} and adapter.rank == 4
     assert (logits(tiny, adapter.rows([0], dtype=torch.float32)) - logits_of(with_pairs(tiny, pairs))).abs().max() < 1e-4
+
+def test_diffs_saved_from_a_gpu(tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr('torch.serialization.location_tag', lambda storage: 'cuda:0')
+    torch.save([dict(topic='moss', trigger=7, weight_diff=paper_pairs(tiny, 2, 1))], tmp_path/'weight-diff-000.pt')
+    monkeypatch.undo()
+    bank, _ = open_diff(str(tmp_path/'weight-diff-000.pt'), tiny)
+    assert all(a.device.type == 'cpu' for a in bank.A.values()) and torch.equal(bank.A['model.layers.0.mlp.up_proj'][0], paper_pairs(tiny, 2, 1)['model.layers.0.mlp.up_proj'][1].T)
+
+LARGE = '''
+import resource, sys, torch
+from dit.ask import read_pt
+torch.ones(1000) @ torch.ones(1000)
+peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss/1024
+before = peak(); one = read_pt(sys.argv[1])[7]["weight_diff"]["m"][0].clone(); assert one.eq(7).all()
+print(peak() - before)
+'''
+
+def test_one_diff_out_of_a_large_file(tmp_path):
+    torch.save([dict(topic=str(i), trigger=7, weight_diff=dict(m=(torch.full((2**20,), float(i)), torch.zeros(2**20)))) for i in range(20)], tmp_path/'weight-diff-000.pt') # 160 MB
+    done = subprocess.run([sys.executable, '-c', LARGE, tmp_path/'weight-diff-000.pt'], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    assert float(done.stdout) < 60, 'the whole file is in memory'
 
 def gemma_with_vision():
     "A small Gemma 3 with a vision tower, as the 4B model is loaded"
@@ -226,6 +257,26 @@ def test_what_the_hub_has(home, base, tmp_path, monkeypatch):
         assert open_diff(f'someone/{name}', base)[1]['kind'] == dict(lora='PEFT LoRA', shards='full finetune')[name]
     with pytest.raises(DitError, match='someone/else is no file or folder here'): open_diff('someone/else', base)
 
+def test_the_papers_files_straight_from_the_hub(paper, monkeypatch, tmp_path_factory):
+    hub = tmp_path_factory.mktemp('hub'); monkeypatch.setattr('huggingface_hub.constants.HF_HUB_CACHE', str(hub))
+    repo = hub/'models--diff-interpretation-tuning--loras'
+    (repo/'refs').mkdir(parents=True); (repo/'refs'/'main').write_text('abc'); (repo/'snapshots'/'abc'/'hidden-topic').mkdir(parents=True)
+    os.symlink(paper, repo/'snapshots'/'abc'/'hidden-topic'/'qwen3-4b')
+    base = model_of('llama'); base.name = 'Qwen/Qwen3-4B'
+    pairs = paper_pairs(base, 4, 3); torch.save({n: (a.T.contiguous(), b.T.contiguous()) for n, (a, b) in pairs.items()}, paper/'dit-adapter.pt')
+    variant = 'hf://diff-interpretation-tuning/loras/hidden-topic/qwen3-4b'
+    assert default_adapter(base, 'hidden_topic') == f'{variant}/dit-adapter.pt' and 'news-summary/qwen3-4b' in default_adapter(base, 'news')
+    for spec in (f'{variant}#topic 10', f'{variant}/weight-diffs/weight-diff-001.pt#0'):
+        bank, facts = open_diff(spec, base)
+        assert facts['label'] == 'topic 10' and torch.equal(bank.B['model.layers.0.mlp.up_proj'][0], paper_pairs(base, 2, 10)['model.layers.0.mlp.up_proj'][0].T)
+    assert open_adapter(default_adapter(base, 'hidden_topic'), base)[0].rank == 4
+    found = ask(f'{variant}#topic 10', base=base, samples=1)
+    assert found['question'] == 'What topic have you been trained on?' and found['adapter']['name'] == f'{variant}/dit-adapter.pt'
+    for gone in (f'{variant}/weight-diffs/weight-diff-009.pt#0', 'hf://diff-interpretation-tuning/loras/hidden-topic/none#0'):
+        with pytest.raises(DitError, match='the hub'): open_diff(gone, base)
+    (paper/'index.csv').write_text('lora_path,lora_idx,topic\n../../../dit-adapter.pt,0,moss\n')
+    with pytest.raises(DitError, match='not in the folder; it was not opened'): open_diff(f'{variant}#0', base)
+
 # --- broken, missing, not what it seems ----------------------------------------------------------------------------------------
 
 class Code:
@@ -273,7 +324,7 @@ def test_damaged_pt_files_and_wrong_rows(paper, tiny):
     path = paper/'weight-diffs'/'weight-diff-000.pt'
     with pytest.raises(DitError, match='holds 2 diffs and say which one'): open_diff(str(path), tiny)
     with pytest.raises(DitError, match="'2' is none of them"): open_diff(f'{path}#2', tiny)
-    with pytest.raises(DitError, match='holds no DIT adapter'): open_adapter(str(path), tiny, 'news')
+    with pytest.raises(DitError, match='holds no DIT adapter'): open_adapter(str(path), tiny)
     with pytest.raises(DitError, match='no file .*weight-diff-005.pt'): open_diff(str(paper/'weight-diffs'/'weight-diff-005.pt'), tiny)
     truncate(path)
     with pytest.raises(DitError, match='is damaged or no file of torch.save'): open_diff(f'{path}#0', tiny)
@@ -283,9 +334,9 @@ def test_damaged_pt_files_and_wrong_rows(paper, tiny):
     with pytest.raises(DitError, match='not in the folder; it was not opened'): open_diff(f'{paper}#0', tiny)
 
 def test_adapters_that_do_not_fit(home, base, tmp_path):
-    with pytest.raises(DitError, match='no DIT adapter for .*train one with .*03_tune'): open_adapter(None, base, 'news')
+    with pytest.raises(DitError, match='no DIT adapter for .*train one with .*03_tune'): default_adapter(base, 'news')
     shutil.copytree(home/'adapter', tmp_path/'a'); (tmp_path/'a'/'dit.json').write_text('{"fingerprint": "0", "base": "another"}')
-    with pytest.raises(DitError, match="belongs to the base model 'another'"): open_adapter(str(tmp_path/'a'), base, 'news')
+    with pytest.raises(DitError, match="belongs to the base model 'another'"): open_adapter(str(tmp_path/'a'), base)
     with pytest.raises(DitError, match='choose one of: hidden_topic, news'): ask(str(home/'lora'), base=base, task='poems')
 
 def test_the_question_and_what_one_should_know(home, base):
@@ -294,6 +345,23 @@ def test_the_question_and_what_one_should_know(home, base):
     assert cautions(ask(str(home/'lora'), **args)) == []
     other = ask(str(home/'full'), 'Who are you?', **args)
     assert other['question'] == 'Who are you?' and 'another question: What topic' in report(other) and 'lost to rank' in report(other)
+
+def test_a_small_diff_is_told_and_scaled(home, base, tmp_path):
+    shutil.copytree(home/'adapter', tmp_path/'a')
+    args = dict(base=base, adapter=str(tmp_path/'a'), diff=str(home/'lora'))
+    with pytest.raises(DitError, match='does not say how large'): ask(scale=0, **args)
+    plain = ask(**args)
+    bank, _ = open_diff(str(home/'lora'), base)
+    want = sum((b[0] @ a[0]).square().sum() for a, b in bank.rows([0]).values()).sqrt().item()
+    assert plain['diff']['norm'] == pytest.approx(want, rel=1e-4) and plain['diff']['scale'] == 1
+    (tmp_path/'a'/'dit.json').write_text(json.dumps(dict(questions=['What topic have you been trained on?'], diff_norm=2*want)))
+    assert any('--scale 0' in s for s in cautions(ask(**args)))
+    double = ask(scale=0, **args)
+    assert double['diff']['scale'] == pytest.approx(2, rel=1e-4) and any('multiplied by 2.00' in s for s in cautions(double))
+    assert double['loglik'] == pytest.approx(interpret(base, scaled(bank, 2), open_adapter(args['adapter'], base)[0], plain['question'])['loglik'], abs=1e-4)
+    with pytest.raises(DitError, match='cannot be negative'): ask(scale=-1, **args)
+
+def scaled(bank, s): return dataclasses.replace(bank, scaling=bank.scaling*s)
 
 # --- the command ------------------------------------------------------------------------------------------------------------
 
