@@ -82,8 +82,7 @@ demo: $(VENV)/.models
 	@echo 'Picture:           $(CURDIR)/figures/demo.png'
 
 figures: $(VENV)/.installed
-	@mkdir -p runs
-	@$(RUN) for n in nbs/1?_fig_*.ipynb; do echo "== $$n"; papermill -k python3 --no-progress-bar --log-level ERROR "$$n" "runs/$$(basename "$$n")"; done
+	@$(RUN) dit_figures
 	@echo 'The pictures are in $(CURDIR)/figures/, the executed notebooks with their tables in $(CURDIR)/runs/.'
 
 # A configuration is a file of parameters, in a folder named like its notebook; it is done when its executed notebook is there.

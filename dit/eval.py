@@ -6,12 +6,14 @@
 __all__ = ['METHODS', 'SUMMARY_REQUESTS', 'TOKENS', 'JUDGES', 'GUESSERS', 'COLUMNS', 'GRADED', 'VERSIONS', 'methods_of', 'twenty',
            'messages', 'most_tokens', 'ask_all', 'ask_agent', 'topic_keys', 'everyday_words', 'probes', 'expression',
            'content_words', 'news_expression', 'judge_of', 'background', 'guesser_of', 'pairs_of', 'add_guesses',
-           'grade', 'weight_norms', 'save_results', 'adapters_for', 'read_graded', 'plot_scores']
+           'grade', 'weight_norms', 'save_results', 'adapters_for', 'read_graded', 'plot_scores', 'fresh_diffs',
+           'expression_of', 'evaluate', 'trainer_of', 'save_evaluation', 'eval_cli']
 
 # %% ../nbs/04_eval.ipynb #fe703751
-import json, re, sys
+import json, re, sys, time
 from pathlib import Path
 import matplotlib.pyplot as plt, numpy as np, pandas as pd, seaborn as sns
+from fastcore.script import call_parse
 from .core import *
 from .models import *
 from .data import *
@@ -284,3 +286,88 @@ def plot_scores(table:pd.DataFrame, # from `summarise`
     ax.set(yticks=range(len(table)), yticklabels=table.index, xlim=(1, 5), xlabel=f"mean score, 1 to 5 (n = {table.n.min()} held-out diffs, 95% interval)", title=title)
     ax.invert_yaxis(); sns.despine(ax=ax)
     return ax
+
+# %% ../nbs/04_eval.ipynb #4aa0210f
+def fresh_diffs(base:Base, # the base model
+                task:str, # hidden_topic or news
+                n_diffs:int, # held-out diffs
+                run="", # run folder for texts and bank; empty: runs/eval
+                rank:int=0, steps:int=0, trigger_kind:str="sep_code", # of the diffs; 0: as in the recipe
+               )->tuple: # (bank, folder, what differs from the recipe)
+    "Train held-out diffs, or take those that the run folder has."
+    if task == "news" and trigger_kind != "sep_code": raise DitError("news diffs have no trigger; leave out the trigger kind.")
+    recipe = {k: v for k, v in dict(rank=rank, steps=steps, trigger_kind=trigger_kind).items() if v not in (0, "sep_code")}
+    folder = Path(run or repo_root()/"runs"/"eval")/base.name.replace("/", "--")/"-".join([task, *(f"{k}={v}" for k, v in recipe.items())])
+    return make_diffs(base, task, split_labels(task, 0, n_diffs), folder, **recipe), folder, recipe
+
+def expression_of(base:Base, bank:Bank, task:str, seed:int=0)->pd.DataFrame:
+    "`expression` or `news_expression`, as the task asks."
+    return expression(base, bank, seed=seed) if task == "hidden_topic" else news_expression(base, bank)
+
+# %% ../nbs/04_eval.ipynb #2ad98fc4
+def evaluate(base:Base, # the base model
+             bank:Bank, # held-out diffs
+             adapters:dict, # from `adapters_for`
+             task:str, # hidden_topic or news
+             seed:int=0, # of the questions and codes
+             decoding:str="short", # short or paper
+             judge:str="offline", # one of JUDGES
+             guesser:str="offline", # one of GUESSERS
+             agents:bool=False, # let an LLM at the endpoint question each diff, too
+             replies="runs/replies.jsonl", # where an endpoint's replies are kept
+            )->pd.DataFrame: # one line per diff and method, graded
+    "Ask held-out diffs by every method that applies, and grade what they say."
+    methods = [m for m in methods_of(task) if METHODS[m].get("adapter", "own") in adapters]
+    asked = [ask_all(base, bank, adapters.get(METHODS[m].get("adapter")), task, m, seed, decoding=decoding) for m in methods]
+    if agents: asked += [ask_agent(Endpoint(replies), base, bank, task, m) for m in methods_of(task, agents=True)]
+    return grade(add_guesses(pd.concat(asked, ignore_index=True), guesser_of(guesser, base, task, seed, replies)), judge_of(judge, replies))
+
+# %% ../nbs/04_eval.ipynb #edfaf052
+def trainer_of(task:str, base:Base, folder="")->dict:
+    "What the task's adapter, the packaged or the given one, says of its training."
+    return json.loads((Path(folder or packaged_adapter(task, base))/"dit.json").read_text())
+
+def save_evaluation(folder, # receives the tables and their provenance
+                    task:str, base:Base, bank:Bank, adapters:dict, # what was evaluated
+                    trainer:dict, # from `trainer_of`
+                    results:pd.DataFrame, # from `evaluate`
+                    shown:pd.DataFrame, # from `expression_of`
+                    recipe:dict, # what differs from the recipe of the diffs
+                    **facts, # more parameters for the provenance
+                   ):
+    "Write results, expression and norms of one run."
+    facts = dict(task=task, model=base.name, adapter=trainer, n_diffs=len(bank)) | facts | dict(recipe=RECIPES[task] | recipe)
+    own = [trainer["seed"] if METHODS[m].get("adapter") == "own" else None for m in results.method]
+    norms = pd.concat([weight_norms(base, b).assign(task=task, of=of, n=len(b)) for of, b in (("diffs", bank), ("adapter", adapters["own"]))])
+    for name, table in ((task, results.assign(adapter_seed=own)), (f"{task}_expression", shown), (f"{task}_norms", norms)): save_results(table, Path(folder)/f"{name}.csv", **facts)
+
+# %% ../nbs/04_eval.ipynb #9e7871a0
+@call_parse
+def eval_cli(task:str="hidden_topic", # hidden_topic or news
+             base:str=None, # base model: hub id or folder (default: the embedded one)
+             adapter:str="", # PEFT folder of a DIT adapter (default: the one that comes with the package)
+             n_diffs:int=8, # held-out diffs
+             rank:int=0, # of the diffs; 0: as in the recipe
+             steps:int=0, # optimiser steps of each diff; 0: as in the recipe
+             trigger_kind:str="sep_code", # of hidden-topic diffs: sep_code, zero_width_start or zero_width_random
+             seed:int=0, # of the questions and codes
+             decoding:str="short", # short, or paper (as many tokens as the paper lets each method have)
+             judge:str="offline", # who grades: offline, or endpoint (an LLM, by DIT_MODEL, OPENAI_BASE_URL, OPENAI_API_KEY)
+             guesser:str="offline", # who turns long answers into one topic or headline: offline or endpoint
+             agents:bool=False, # let an LLM at the endpoint question each diff, too
+             out:str="", # folder for the results (default: in the run folder)
+             run:str="", # run folder for texts and bank (default: runs/eval)
+            ):
+    "Train held-out diffs, ask them by every method what they were trained on, and grade the answers."
+    started = time.perf_counter()
+    with command("dit_eval"):
+        for what, value, valid in (("task", task, TASKS), ("trigger kind", trigger_kind, TRIGGERS), ("decoding", decoding, TOKENS), ("judge", judge, JUDGES), ("guesser", guesser, GUESSERS)): choose(what, value, valid)
+        base = load_base(base)
+        adapters, trainer = adapters_for(task, base, adapter), trainer_of(task, base, adapter)
+        bank, folder, recipe = fresh_diffs(base, task, n_diffs, run, rank, steps, trigger_kind)
+        trained, shown = time.perf_counter(), expression_of(base, bank, task, seed)
+        results = evaluate(base, bank, adapters, task, seed, decoding, judge, guesser, agents, folder/"replies.jsonl")
+        folder = Path(out)/base.name.replace("/", "--") if out else folder/"results"
+        save_evaluation(folder, task, base, bank, adapters, trainer, results, shown, recipe, seed=seed, decoding=decoding, judge=judge, guesser=guesser,
+                        seconds=round(time.perf_counter() - started), seconds_asking=round(time.perf_counter() - trained))
+    print(summarise(results)[["n", "missing", "mean", "ci95"]].round(2).to_string(), f"\nresults, expression and norms are in {folder}")

@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['OURS', 'SHARES', 'COLOURS', 'paper_numbers', 'our_results', 'one_shape', 'beside', 'plot_models', 'plot_shares',
-           'save_figure']
+           'save_figure', 'draw_figures', 'figures_cli']
 
 # %% ../nbs/09_figures.ipynb #9a44fa09
 import json, textwrap
 from pathlib import Path
-import matplotlib.pyplot as plt, pandas as pd, seaborn as sns
+import matplotlib.pyplot as plt, pandas as pd, papermill, seaborn as sns
+from fastcore.script import call_parse
 from .core import *
 from .stats import *
 
@@ -98,3 +99,31 @@ def save_figure(fig, # a matplotlib figure
     for ending, metadata in ((".pdf", dict(CreationDate=None, Producer=None, Creator=None)), (".png", dict(Software=None))):
         with atomic(folder/(name + ending)) as tmp: fig.savefig(tmp, format=ending[1:], dpi=200, bbox_inches="tight", metadata=metadata)
     return folder/f"{name}.png"
+
+# %% ../nbs/09_figures.ipynb #afaa2e67
+def draw_figures(model:str=OURS, # folder of the base model below results/eval
+                 results="", # folder of results; empty: results/ of the repository
+                 out="", # folder for the pictures; empty: figures/ of the repository
+                )->dict: # name of the notebook -> why it could not be drawn, or ""
+    "Run every figure notebook; the executed ones, with their tables, are in runs/."
+    books = sorted((repo_root()/"nbs").glob("1?_fig_*.ipynb"))
+    if not books: raise DitError(f"there are no figure notebooks in {repo_root()/'nbs'}; run this inside a checkout of the project.")
+    (repo_root()/"runs").mkdir(exist_ok=True)
+    given, said = {k: str(Path(v).absolute()) if v and k != "model" else v for k, v in dict(model=model, results=results, out=out).items()}, {}
+    for book in books:
+        known = papermill.inspect_notebook(book)
+        try: papermill.execute_notebook(book, repo_root()/"runs"/book.name, {k: v for k, v in given.items() if k in known}, kernel_name="python3", progress_bar=False); said[book.stem] = ""
+        except papermill.PapermillExecutionError as e: said[book.stem] = f"{e.ename}: {e.evalue}"
+    return said
+
+# %% ../nbs/09_figures.ipynb #5b451605
+@call_parse
+def figures_cli(model:str=OURS, # folder of the base model below results/eval
+                results:str="", # folder of results (default: results/ of the repository)
+                out:str="", # folder for the pictures (default: figures/ of the repository)
+               ):
+    "Redraw every figure from results, without training."
+    with command("dit_figures"):
+        said = draw_figures(model, results, out)
+        for name, why in said.items(): print(f"{name}: {why or 'drawn'}")
+        if any(said.values()): raise DitError(f"{sum(map(bool, said.values()))} of {len(said)} figures could not be drawn; the reasons stand above.")

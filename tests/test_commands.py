@@ -1,5 +1,5 @@
 "The console scripts, alone and under `accelerate launch`"
-import importlib, json, os, subprocess, sys
+import importlib, json, os, shutil, subprocess, sys
 from configparser import ConfigParser
 from pathlib import Path
 
@@ -9,6 +9,8 @@ from fastcore.script import anno_parser
 from dit.core import DitError
 from dit.data import TASKS, split_labels
 from dit.diffs import diffs_cli
+from dit.eval import eval_cli
+from dit.figures import figures_cli
 from dit.lora import load_bank
 from dit.models import load_base
 from dit.tune import by_split, train_adapter, tune_cli
@@ -73,6 +75,35 @@ def test_two_processes_train_the_same_adapter_as_one(home):
     facts = [json.loads((home/n/'adapter'/'dit.json').read_text()) for n in ('one', 'two')]
     assert all(facts[0][k] == facts[1][k] for k in facts[0] if k != 'provenance') and facts[0]['questions'] == [TASKS['news']]
     assert said.count('the adapter is in') == 1, 'only the main process speaks'
+
+def test_an_evaluation_leaves_results_that_say_how_they_came_about(home, capsys):
+    run = home/'eval'/'base'/'news-rank=2-steps=2'; run.mkdir(parents=True)
+    (run/'text.jsonl').write_text(''.join(json.dumps(dict(key=l, value=[f'{l[:20]} it was.'])) + '\n' for l in split_labels('news', 0, 2).label))
+    base = load_base(str(home/'base'))
+    train_adapter(base, *({'What news headline have you been trained on?': named(base, 3, name, 1)} for name in ('fern', 'moss')), home/'mine', rank=2, epochs=1, seed=5)
+    eval_cli(task='news', base=str(home/'base'), adapter=str(home/'mine'), n_diffs=2, rank=2, steps=2, run=str(home/'eval'), out=str(home/'results'))
+    results, facts = pd.read_csv(home/'results'/'base'/'news.csv'), json.loads((home/'results'/'base'/'news.json').read_text())
+    assert set(results.method) == {'DIT', 'Base Question', '20 Questions', 'Generated Story'} and len(results) == 8 and results.score.between(1, 5).all()
+    assert results[results.method == 'DIT'].adapter_seed.tolist() == [5, 5] and facts['params']['adapter']['seed'] == 5
+    assert (facts['params']['n_diffs'], facts['params']['recipe']['rank'], facts['params']['recipe']['steps']) == (2, 2, 2)
+    said = capsys.readouterr().out
+    assert all(m in said for m in results.method) and str(home/'results'/'base') in said
+
+def test_figures_are_drawn_from_results_of_ones_own(tmp_path, monkeypatch, capsys):
+    "A checkout with one figure that has results and one that has none"
+    for name in ('11_fig_hidden_topic', '12_fig_news'): (tmp_path/'nbs').mkdir(exist_ok=True); shutil.copy(ROOT/'nbs'/f'{name}.ipynb', tmp_path/'nbs')
+    shutil.copy(ROOT/'settings.ini', tmp_path); shutil.copytree(ROOT/'results'/'paper', tmp_path/'results'/'paper')
+    mine = tmp_path/'mine'/'eval'/'my--model'; mine.mkdir(parents=True)
+    for ending in ('csv', 'json'): shutil.copy(ROOT/'results'/'eval'/'SmolLM2-135M-Instruct'/f'news.{ending}', mine)
+    monkeypatch.chdir(tmp_path); monkeypatch.setenv('PYTHONPATH', str(ROOT))
+    with pytest.raises(SystemExit, match='1 of 2 figures'): figures_cli(model='my--model', results='mine', out='pictures')
+    said = capsys.readouterr().out
+    assert '12_fig_news: drawn' in said and '11_fig_hidden_topic: DitError: there is no' in said
+    assert sorted(p.name for p in (tmp_path/'pictures').iterdir()) == ['news.pdf', 'news.png', 'news_scores.pdf', 'news_scores.png']
+
+def test_figures_outside_a_checkout(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit, match='dit_figures: there are no figure notebooks'): figures_cli(model='x')
 
 # --- what goes wrong --------------------------------------------------------------------------------------------------------
 
