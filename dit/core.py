@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['FORMULA', 'plain', 'DitError', 'choose', 'check_parameters', 'seed_of', 'rng', 'torch_rng', 'sweep', 'locked_new',
-           'atomic', 'to_cells', 'from_cells', 'write_json', 'write_csv', 'read_json', 'read_pt', 'stoppable', 'hold',
-           'sha256_of', 'repo_root', 'package_data', 'best_device', 'matmul_rate', 'best_dtype', 'git_commit',
-           'provenance']
+           'writing', 'atomic', 'to_cells', 'from_cells', 'write_json', 'write_csv', 'reading', 'read_json', 'read_pt',
+           'stoppable', 'turn', 'hold', 'sha256_of', 'repo_root', 'package_data', 'best_device', 'matmul_rate',
+           'best_dtype', 'git_commit', 'provenance']
 
 # %% ../nbs/00_core.ipynb #1bc0eef0
 import contextlib, csv, datetime, fcntl, glob, hashlib, importlib.metadata, json, os, platform, random, re, signal, subprocess, sys, threading, time
@@ -75,6 +75,14 @@ def locked_new(path:Path, # a file that nobody else has
             if os.path.samestat(os.stat(path), os.fstat(f.fileno())): return f
         f.close() # swept away between being made and being locked
 
+# %% ../nbs/00_core.ipynb #d52b16d5
+@contextlib.contextmanager
+def writing(path, # what is written in the block
+           ):
+    "A disk that is full or may not be written to is a `DitError`."
+    try: yield
+    except (OSError, SafetensorError) as e: raise DitError(f"could not write {path}: {getattr(e, 'strerror', None) or e}; free space or choose another folder, then run again (what was written before is kept).") from e
+
 @contextlib.contextmanager
 def atomic(path, # the file to be written
           ): # yields a temporary path in the same folder
@@ -82,13 +90,13 @@ def atomic(path, # the file to be written
     path = Path(path)
     tmp = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        sweep(path.parent, glob.escape(path.name))
-        with locked_new(tmp):
-            yield tmp
-            with open(tmp, "rb") as f: os.fsync(f.fileno())
-            os.replace(tmp, path)
-    except (OSError, SafetensorError) as e: raise DitError(f"could not write {path}: {getattr(e, 'strerror', None) or e}; free space or choose another folder, then run again (what was written before is kept).") from e
+        with writing(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            sweep(path.parent, glob.escape(path.name))
+            with locked_new(tmp):
+                yield tmp
+                with open(tmp, "rb") as f: os.fsync(f.fileno())
+                os.replace(tmp, path)
     finally:
         with contextlib.suppress(OSError): tmp.unlink(missing_ok=True)
 
@@ -122,27 +130,35 @@ def write_csv(path, # file to write
     with atomic(path) as tmp: cells.to_csv(tmp, index=False, encoding="utf-8", errors="backslashreplace", quoting=csv.QUOTE_NONNUMERIC if returns else csv.QUOTE_MINIMAL)
 
 # %% ../nbs/00_core.ipynb #559fbc89
+@contextlib.contextmanager
+def reading(path, # what is read in the block
+            do:str="put back a copy", # what to do when it is damaged
+           ):
+    "Whatever goes wrong while somebody's file is decoded is one `DitError`: a broken file fails in any way."
+    try: yield
+    except DitError: raise
+    except FileNotFoundError as e: raise DitError(f"there is no file {path}; check the path.") from e
+    except UnpicklingError as e: raise DitError(f"{path} holds more than tensors, text and numbers, and was not loaded, since that could run code; get it from a source that you trust as plain tensors.") from e
+    except Exception as e: raise DitError(f"{path} is damaged or something else than it should be ({str(e)[:200] or type(e).__name__}); {do}.") from e
+
+# %% ../nbs/00_core.ipynb #4d1f5764
 def read_json(path, # a file that holds one JSON object
               needs:tuple=(), # entries that it must have
               do:str="put back a copy", # what to do when it is damaged
              )->dict:
     "Read a JSON object; raises `DitError` for anything else."
-    try:
-        if os.path.getsize(path) > 1 << 26: raise ValueError("it is larger than any such file")
+    with reading(path, do):
+        if os.path.getsize(path) > 1 << 26: raise ValueError("larger than any such file")
         found = json.loads(Path(path).read_text(encoding="utf-8-sig"))
-        if not isinstance(found, dict): raise ValueError("it holds no settings")
+        if not isinstance(found, dict): raise ValueError("no JSON object")
         if missing := [k for k in needs if k not in found]: raise ValueError(f"the entry {missing[0]} is missing")
-        return found
-    except FileNotFoundError as e: raise DitError(f"{path} is missing; {do}.") from e
-    except (OSError, ValueError, RecursionError) as e: raise DitError(f"{path} is damaged ({e}); {do}.") from e
+    return found
 
 def read_pt(path, # a file of `torch.save`
+            do:str="download it again", # what to do when it is damaged
            )->object:
     "The content of a `.pt` file; no code in it is run."
-    try: return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except FileNotFoundError as e: raise DitError(f"there is no file {path}; check the path.") from e
-    except UnpicklingError as e: raise DitError(f"{path} holds more than tensors, text and numbers, and was not loaded, since that could run code; get it from a source that you trust as plain tensors.") from e
-    except Exception as e: raise DitError(f"{path} is damaged or no file of torch.save ({str(e)[:200]}); download it again.") from e # a damaged pickle fails in any way
+    with reading(path, do): return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
 
 # %% ../nbs/00_core.ipynb #e5443e0c
 @contextlib.contextmanager
@@ -159,17 +175,29 @@ def stoppable(kept:str, # what is kept, and how to go on
 
 # %% ../nbs/00_core.ipynb #821136a9
 @contextlib.contextmanager
+def turn(path, # a file that several processes write to
+        ):
+    "Wait until no other process has the file, and have it for the length of the block."
+    path = Path(path); lock = FileLock(path.with_name(f".{path.name}.lock"))
+    with writing(path): path.parent.mkdir(parents=True, exist_ok=True); lock.acquire()
+    try: yield
+    finally: lock.release()
+
+@contextlib.contextmanager
 def hold(folder, # a run folder
         ):
     "Have a folder alone for the length of the block; raises a `DitError` that says who has it."
     who, lock = Path(folder)/".running.json", FileLock(Path(folder)/".running.lock", blocking=False)
-    try: Path(folder).mkdir(parents=True, exist_ok=True); lock.acquire()
-    except OSError as e:
-        if not isinstance(e, Timeout): raise DitError(f"could not write in {folder}: {e.strerror or e}; choose another folder.") from e
+    try:
+        with writing(folder): Path(folder).mkdir(parents=True, exist_ok=True); lock.acquire()
+    except DitError as e:
+        if not isinstance(e.__cause__, Timeout): raise
         by = read_json(who) if who.exists() else {}
-        raise DitError(f"the folder {folder} is in use by process {by.get('pid', '?')} on {by.get('host', '?')} since {by.get('since', '?')}; wait for it to end, or use another folder.") from e
+        raise DitError(f"the folder {folder} is in use by process {by.get('pid', '?')} on {by.get('host', '?')} since {by.get('since', '?')}; wait for it to end, or use another folder.") from None
     try: write_json(who, dict(pid=os.getpid(), host=platform.node(), since=datetime.datetime.now().isoformat(" ", "seconds"))); yield
-    finally: who.unlink(missing_ok=True); lock.release()
+    finally:
+        with contextlib.suppress(OSError): who.unlink(missing_ok=True)
+        lock.release()
 
 # %% ../nbs/00_core.ipynb #12ab6b61
 def sha256_of(path, # a file

@@ -8,7 +8,7 @@ __all__ = ['WEIGHTS', 'RECIPES', 'FlatLora', 'prefix_tree', 'tree_mask', 'answer
            'train_batch', 'check_tasks', 'untrained', 'rate_on', 'Claims', 'train_diffs', 'make_tasks', 'make_diffs']
 
 # %% ../nbs/02_diffs.ipynb #20922195
-import json, math, sys, time, uuid
+import contextlib, json, math, sys, time, uuid
 from pathlib import Path
 import pandas as pd, torch
 from filelock import FileLock, Timeout
@@ -282,34 +282,37 @@ def rate_on(bar, # a tqdm progress bar
 class Claims:
     "The diffs that this process has in hand, among processes that share a bank."
     def __init__(self, folder): # the bank's folder
-        self.bank, self.folder, self.index = Path(folder), Path(folder)/".claims", FileLock(Path(folder)/".index.lock")
+        self.bank, self.folder = Path(folder), Path(folder)/".claims"
         self.mine = self.folder/f"{uuid.uuid4().hex}.json"; self.alive = FileLock(self.mine.with_suffix(".lock"))
 
-    def __enter__(self): self.folder.mkdir(exist_ok=True); self.alive.acquire(); return self
+    def __enter__(self):
+        with turn(self.bank/"index"), writing(self.folder): self.folder.mkdir(exist_ok=True); sweep(self.folder); self.alive.acquire() # nobody may look whether we are alive meanwhile
+        return self
 
     def __exit__(self, *_):
-        with self.index: self.drop(self.mine)
-        self.alive.release()
+        try:
+            with turn(self.bank/"index"): self.drop(self.mine)
+        finally: self.alive.release()
 
     def drop(self, path): # a claim
-        "Remove a claim and its lock's file."
-        for p in (path, path.with_suffix(".lock")): p.unlink(missing_ok=True)
+        "Remove a claim and its lock's file; what cannot be removed is nobody's all the same."
+        with contextlib.suppress(OSError):
+            for p in (path, path.with_suffix(".lock")): p.unlink(missing_ok=True)
 
     def others(self)->set: # diff ids
         "What other living processes have in hand; what dead ones left is cleared away."
         taken = set()
-        for p in self.folder.glob("*.json"):
-            if p == self.mine: continue
+        for p in {p.with_suffix(".json") for p in self.folder.glob("[!.]*.*")} - {self.mine}:
             try:
                 with FileLock(p.with_suffix(".lock"), blocking=False): self.drop(p)
-            except Timeout: taken |= set(json.loads(p.read_text()))
+            except Timeout: taken |= set(json.loads(p.read_text())) if p.exists() else set()
         return taken
 
     def take(self, tasks:list, # `DiffTask`s that are wanted
              n:int, # at most so many
             )->list: # `DiffTask`s
         "Claim diffs that nobody has trained or claimed."
-        with self.index:
+        with turn(self.bank/"index"), writing(self.folder):
             out = set(read_index(self.bank).diff_id) | self.others()
             free = [t for t in tasks if t.diff_id not in out][:n]
             write_json(self.mine, [t.diff_id for t in free])
@@ -328,7 +331,7 @@ def train_diffs(base:Base, # the base model
     check_tasks(tasks)
     open_bank(folder, base, rank=rank, scaling=1/math.sqrt(rank), lr=lr, recipe=json.loads(json.dumps(recipe or {})))
     todo, teacher, claims = untrained(folder, tasks), Teacher(base), Claims(folder)
-    with claims, tqdm(total=len(todo), desc="training diffs", unit="diff", disable=not todo) as bar:
+    with stoppable(f"the finished diffs are in {folder}; run the same again to go on."), claims, tqdm(total=len(todo), desc="training diffs", unit="diff", disable=not todo) as bar:
         tell = rate_on(bar)
         while todo:
             try:

@@ -7,7 +7,7 @@ __all__ = ['examples', 'Adapter', 'mean_loss', 'batches', 'load_state', 'save_st
            'train_epoch']
 
 # %% ../nbs/03_tune.ipynb #3e166b2e
-import io, json, math
+import contextlib, io, json, math
 from pathlib import Path
 import pandas as pd, torch
 from accelerate import Accelerator
@@ -82,11 +82,14 @@ def load_state(path:Path, # checkpoint
               )->pd.DataFrame: # the curve so far
     "Continue from a checkpoint, if there is one."
     if not path.exists(): return pd.DataFrame(columns=["epoch", "train_loss", "val_loss"])
-    s = torch.load(path, map_location="cpu", weights_only=True)
+    again = "delete it, and the run begins again"; s = read_pt(path, again)
+    with reading(path, again): was, curve = dict(s["facts"]), pd.DataFrame(s["curve"])[["epoch", "train_loss", "val_loss"]].astype(float).astype(dict(epoch=int))
     for k, v in facts.items():
-        if s["facts"].get(k) != v: raise DitError(f"the run in the folder {path.parent} was begun with {k}={s['facts'].get(k)!r}, not {v!r}; use the old value, or another folder for a new run.")
-    adapter.load_state_dict(s["adapter"]); opt.load_state_dict(s["opt"]); sched.load_state_dict(s["sched"])
-    return pd.DataFrame(s["curve"])
+        if was.get(k) != v: raise DitError(f"the run in the folder {path.parent} was begun with {k}={was.get(k)!r}, not {v!r}; use the old value, or another folder for a new run.")
+    with reading(path, again):
+        adapter.load_state_dict(s["adapter"]); opt.load_state_dict(s["opt"]); sched.load_state_dict(s["sched"])
+        if not adapter.lora.p.isfinite().all() or not 0 < len(curve) <= facts["epochs"]: raise ValueError("it holds no weights of this run")
+    return curve
 
 def save_state(path:Path, adapter:Adapter, opt, sched, curve:pd.DataFrame, facts:dict):
     "Save everything that a continued run needs, atomically."
@@ -121,17 +124,18 @@ def train_adapter(base:Base, # the base model
     opt = torch.optim.AdamW(adapter.parameters(), lr=lr)
     sched = torch.optim.lr_scheduler.LambdaLR(opt, lambda t: schedule(min(t, steps - 1), steps))
     facts = dict(base=base.name, fingerprint=fingerprint(base), questions=list(banks), n_train=sum(map(len, banks.values())), rank=rank, lr=lr, batch=batch, epochs=epochs, seed=seed, labels=label_hash(banks, val_banks))
-    curve = load_state(folder/"checkpoint.pt", adapter, opt, sched, facts)
-    net, opt = acc.prepare(adapter, opt)
-    for epoch in tqdm(range(len(curve), epochs), desc="training the adapter", unit="epoch", disable=not acc.is_main_process):
-        train_loss = train_epoch(acc, net, opt, sched, sets, batches(sets, batch, seed, epoch), clip)
-        val_loss = mean_loss(adapter, val_sets, batch)
-        if not (math.isfinite(train_loss) and adapter.lora.p.isfinite().all()): raise DitError(f"the adapter's loss is not a number in epoch {epoch + 1}; lower `lr` (now {lr}) and start again in an empty folder.")
-        curve = pd.DataFrame([*curve.to_dict("records"), dict(epoch=epoch + 1, train_loss=train_loss, val_loss=val_loss)])
-        if acc.is_main_process:
-            if val_loss <= curve.val_loss.min(): to_peft(adapter.lora.bank(pd.DataFrame(dict(diff_id=["adapter"], label=[""])), torch.bfloat16), 0, folder, base)
-            save_state(folder/"checkpoint.pt", adapter, opt, sched, curve, facts); write_csv(folder/"curve.csv", curve)
-    if acc.is_main_process: write_json(folder/"dit.json", facts | dict(best_epoch=int(curve.val_loss.idxmin()) + 1, provenance=provenance(**facts)))
+    with hold(folder) if acc.is_main_process else contextlib.nullcontext(), stoppable(f"the finished epochs are in {folder}; run the same again to go on."):
+        curve = load_state(folder/"checkpoint.pt", adapter, opt, sched, facts)
+        net, opt = acc.prepare(adapter, opt)
+        for epoch in tqdm(range(len(curve), epochs), desc="training the adapter", unit="epoch", disable=not acc.is_main_process):
+            train_loss = train_epoch(acc, net, opt, sched, sets, batches(sets, batch, seed, epoch), clip)
+            val_loss = mean_loss(adapter, val_sets, batch)
+            if not (math.isfinite(train_loss) and adapter.lora.p.isfinite().all()): raise DitError(f"the adapter's loss is not a number in epoch {epoch + 1}; lower `lr` (now {lr}) and start again in an empty folder.")
+            curve = pd.DataFrame([*curve.to_dict("records"), dict(epoch=epoch + 1, train_loss=train_loss, val_loss=val_loss)])
+            if acc.is_main_process:
+                if val_loss <= curve.val_loss.min(): to_peft(adapter.lora.bank(pd.DataFrame(dict(diff_id=["adapter"], label=[""])), torch.bfloat16), 0, folder, base)
+                save_state(folder/"checkpoint.pt", adapter, opt, sched, curve, facts); write_csv(folder/"curve.csv", curve)
+        if acc.is_main_process: write_json(folder/"dit.json", facts | dict(best_epoch=int(curve.val_loss.idxmin()) + 1, provenance=provenance(**facts)))
     return from_peft(folder, base)
 
 # %% ../nbs/03_tune.ipynb #cf824a47

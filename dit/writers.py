@@ -213,11 +213,14 @@ def load_texts(writer, # an `OfflineWriter` or `EndpointWriter`
                chunk:int=16, # labels written between two saves
               )->dict: # label -> texts
     "Texts of all labels; what the file has is not written again, and each chunk is saved as it is done."
-    kept = Lines(path)
-    todo = rows[[r not in kept for r in rows.label]]
-    for i in tqdm(range(0, len(todo), chunk), desc="writing", disable=todo.empty):
-        got = writer.texts(todo[i:i+chunk], task)
-        for label, texts in got.items():
-            if texts: kept[label] = texts
-        if none := [l for l, texts in got.items() if not texts]: raise DitError(f"the writer found no usable text for {none[0]!r}; raise `rounds`, or use another writer or base model.")
+    with turn(path), stoppable(f"the finished texts are in {path}; run the same again to go on."): # a second process waits, and finds the texts there
+        kept = Lines(path)
+        todo = rows[[r not in kept for r in rows.label]]
+        for i in tqdm(range(0, len(todo), chunk), desc="writing", disable=todo.empty):
+            got = writer.texts(todo[i:i+chunk], task)
+            for label, texts in got.items():
+                if texts: kept[label] = texts
+            if none := [l for l, texts in got.items() if not texts]: raise DitError(f"the writer found no usable text for {none[0]!r}; raise `rounds`, or use another writer or base model.")
+        for r in rows.label:
+            if not (isinstance(kept[r], list) and all(isinstance(t, str) and t.strip() for t in kept[r])): raise DitError(f"{path} is damaged: what it keeps for {r!r} is no list of texts; delete that line and run again.")
     return {r: kept[r] for r in rows.label}
