@@ -133,13 +133,14 @@ def write_csv(path, # file to write
 @contextlib.contextmanager
 def reading(path, # what is read in the block
             do:str="put back a copy", # what to do when it is damaged
+            kind:str="file of its kind", # what it should be
            ):
     "Whatever goes wrong while somebody's file is decoded is one `DitError`: a broken file fails in any way."
     try: yield
     except DitError: raise
     except FileNotFoundError as e: raise DitError(f"there is no file {path}; check the path.") from e
     except UnpicklingError as e: raise DitError(f"{path} holds more than tensors, text and numbers, and was not loaded, since that could run code; get it from a source that you trust as plain tensors.") from e
-    except Exception as e: raise DitError(f"{path} is damaged or something else than it should be ({str(e)[:200] or type(e).__name__}); {do}.") from e
+    except Exception as e: raise DitError(f"{path} is damaged or no {kind} ({str(e)[:200] or type(e).__name__}); {do}.") from e
 
 # %% ../nbs/00_core.ipynb #4d1f5764
 def read_json(path, # a file that holds one JSON object
@@ -147,10 +148,10 @@ def read_json(path, # a file that holds one JSON object
               do:str="put back a copy", # what to do when it is damaged
              )->dict:
     "Read a JSON object; raises `DitError` for anything else."
-    with reading(path, do):
+    with reading(path, do, "JSON object"):
         if os.path.getsize(path) > 1 << 26: raise ValueError("larger than any such file")
         found = json.loads(Path(path).read_text(encoding="utf-8-sig"))
-        if not isinstance(found, dict): raise ValueError("no JSON object")
+        if not isinstance(found, dict): raise ValueError("something else")
         if missing := [k for k in needs if k not in found]: raise ValueError(f"the entry {missing[0]} is missing")
     return found
 
@@ -158,7 +159,7 @@ def read_pt(path, # a file of `torch.save`
             do:str="download it again", # what to do when it is damaged
            )->object:
     "The content of a `.pt` file; no code in it is run."
-    with reading(path, do): return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    with reading(path, do, "file of torch.save"): return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
 
 # %% ../nbs/00_core.ipynb #e5443e0c
 @contextlib.contextmanager

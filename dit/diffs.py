@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['WEIGHTS', 'RECIPES', 'FlatLora', 'prefix_tree', 'tree_mask', 'answer_states', 'can_share', 'Teacher', 'chunk_losses',
            'HeadLoss', 'token_losses', 'diff_losses', 'backward_step', 'clip_rows', 'schedule', 'tokenise',
-           'train_batch', 'check_tasks', 'untrained', 'rate_on', 'Claims', 'train_diffs', 'make_tasks', 'make_diffs']
+           'train_batch', 'check_tasks', 'untrained', 'rate_on', 'Claims', 'train_diffs', 'sound_diffs', 'make_tasks',
+           'make_diffs']
 
 # %% ../nbs/02_diffs.ipynb #20922195
 import contextlib, json, math, sys, time, uuid
@@ -344,6 +345,16 @@ def train_diffs(base:Base, # the base model
     wanted = [t.diff_id for t in tasks]
     bank = load_bank(folder, base, lambda i: i.diff_id.isin(wanted))
     return bank.take(bank.index.reset_index().set_index("diff_id").loc[wanted, "index"].tolist())
+
+# %% ../nbs/02_diffs.ipynb #5982a371
+def sound_diffs(bank:Bank, # as from `train_diffs`
+               )->Bank: # those whose loss stayed a number
+    "Leave out the diffs that broke in training, and say how many."
+    if "sound" not in bank.index or bank.index.sound.all(): return bank
+    broken = bank.index.diff_id[~bank.index.sound].tolist()
+    if len(broken) == len(bank): raise DitError("every diff of the bank broke in training (its loss became no number); lower `lr` and train in another folder.")
+    print(f"dit: {len(broken)} of {len(bank)} diffs are left out, since their loss became no number: {', '.join(map(plain, broken[:3]))}{', ...' if len(broken) > 3 else ''}", file=sys.stderr)
+    return bank.take([i for i, sound in enumerate(bank.index.sound) if sound])
 
 # %% ../nbs/02_diffs.ipynb #495e364c
 RECIPES = dict(hidden_topic=dict(rank=8, lr=5e-3, batch=8, steps=110, mix=(2, 3, 1)), news=dict(rank=8, lr=1e-2, batch=10, steps=10))

@@ -6,7 +6,8 @@
 __all__ = ['METHODS', 'SUMMARY_REQUESTS', 'TOKENS', 'JUDGES', 'GUESSERS', 'COLUMNS', 'GRADED', 'VERSIONS', 'methods_of', 'twenty',
            'messages', 'most_tokens', 'ask_all', 'ask_agent', 'topic_keys', 'everyday_words', 'probes', 'expression',
            'content_words', 'news_expression', 'judge_of', 'background', 'guesser_of', 'pairs_of', 'add_guesses',
-           'grade', 'weight_norms', 'save_results', 'packaged_adapter', 'adapters_for', 'read_graded', 'plot_scores']
+           'grade', 'weight_norms', 'save_results', 'packaged_adapter', 'verify', 'adapters_for', 'read_graded',
+           'plot_scores']
 
 # %% ../nbs/04_eval.ipynb #fe703751
 import json, re, sys
@@ -250,6 +251,21 @@ def packaged_adapter(task:str, # hidden_topic or news
         facts = json.loads(p.read_text())
         if facts["fingerprint"] == fingerprint(base) and TASKS[task] in facts["questions"]: return p.parent
     raise DitError(f"no DIT adapter for {base.name!r} and the task {task} comes with the package; train one with `train_adapter` (nbs/03_tune.ipynb) and give its folder.")
+
+# %% ../nbs/04_eval.ipynb #e63fbf88
+def verify(path, # `.../<series>.csv`
+           judge=None, # default: the offline judge
+           most:float=.002, # difference that rounding may make
+          )->pd.DataFrame: # the lines that differ: none
+    "Grade the stored answers again; raises `DitError` when a score is not theirs."
+    frame, judge = read_results(path, ("diff_id", "task", "method", "truth", "answer", "guess", "judge", "score", "answer_score", "guess_score", "graded")), judge or OfflineJudge()
+    if others := (frame.judge != judge.version).sum(): print(f"dit: {others} of {len(frame)} lines of {path} were graded by {', '.join(frame.judge[frame.judge != judge.version].astype(str).unique())}; they cannot be graded again without that judge's endpoint.")
+    mine = frame[frame.judge == judge.version].reset_index(drop=True)
+    with reading(path): again = grade(mine.assign(**{c: mine[c].astype(object).where(mine[c].notna(), np.where(mine[f"{c}_score"].notna(), "", None)) for c in ("answer", "guess")}), judge) if len(mine) else mine
+    wrong = np.any([~np.isclose(mine[c], again[c], rtol=0, atol=most, equal_nan=True) for c in ("answer_score", "guess_score", "score")], axis=0) | (mine.graded != again.graded)
+    table = mine[wrong].assign(score_again=again.score[wrong])
+    if len(table): raise DitError(f"{len(table)} of {len(mine)} scores in {path} are not those of the stored answers, the first of them for {table.diff_id.iloc[0]} by {table.method.iloc[0]}: {table.score.iloc[0]} there, {table.score_again.iloc[0]} now.")
+    return table
 
 # %% ../nbs/04_eval.ipynb #3f93cba1
 def adapters_for(task:str, # hidden_topic or news

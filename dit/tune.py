@@ -119,6 +119,7 @@ def train_adapter(base:Base, # the base model
                  )->Bank: # the adapter, as a bank with one row
     "Train a DIT adapter (paper, section 3 and B.5); safe to stop and start again."
     acc, folder, adapter = Accelerator(cpu=base.device.type == "cpu"), Path(folder), Adapter(base, rank, seed)
+    banks, val_banks = ({q: sound_diffs(b) for q, b in bs.items()} for bs in (banks, val_banks))
     sets, val_sets = ([(b, examples(base, b, q)) for q, b in bs.items()] for bs in (banks, val_banks))
     steps = len(batches(sets, batch))*epochs
     opt = torch.optim.AdamW(adapter.parameters(), lr=lr)
