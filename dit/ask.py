@@ -4,24 +4,23 @@
 
 # %% auto #0
 __all__ = ['PUBLISHED', 'PAPER', 'from_hub', 'on_disk', 'inside', 'weight_files', 'stream', 'differences', 'factors', 'from_full',
-           'read_pt', 'from_pairs', 'pick', 'paper_file', 'from_pt', 'from_index', 'open_diff', 'default_adapter',
-           'open_adapter', 'mean_loglik', 'interpret', 'ask', 'cautions', 'report', 'ask_cli']
+           'from_pairs', 'pick', 'paper_file', 'from_pt', 'from_index', 'open_diff', 'default_adapter', 'open_adapter',
+           'mean_loglik', 'interpret', 'ask', 'cautions', 'report', 'ask_cli']
 
 # %% ../nbs/05_ask.ipynb #236b8f11
 import contextlib, json, re, sys, warnings
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
-from pickle import UnpicklingError
-import pandas as pd, torch
+import torch
 from fastcore.script import Param, call_parse
 from huggingface_hub import hf_hub_download, snapshot_download
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging as hf_logging
 from .core import *
 from .models import *
-from .data import TASKS
+from .data import TASKS, read_table
 from .lora import *
 from .diffs import answer_states, token_losses
 from .tune import packaged_adapter
@@ -50,7 +49,7 @@ def inside(folder:Path, # where the index lies
            name:str, # the file it names
           )->Path:
     "A file that an index names, which must be in the index's folder."
-    if Path(name).is_absolute() or ".." in Path(name).parts: raise DitError(f"the index of {folder} names the file {name!r}, which is not in the folder; it was not opened.")
+    if not name.isprintable() or len(name) > 200 or Path(name).is_absolute() or ".." in Path(name).parts: raise DitError(f"the index of {folder} names the file {name!r}, which is not in the folder; it was not opened.")
     return folder/name
 
 # %% ../nbs/05_ask.ipynb #41d36149
@@ -60,8 +59,7 @@ def weight_files(path:Path, # a safetensors file, or the folder of a model
     if path.is_file(): return [path]
     index = path/"model.safetensors.index.json"
     if index.exists():
-        try: names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        except (ValueError, KeyError, TypeError, AttributeError) as e: raise DitError(f"{index} is damaged; copy or download it again.") from e
+        with reading(index, "copy or download it again"): names = sorted(n + "" for n in set(read_json(index, ("weight_map",))["weight_map"].values()))
         return [inside(path, n) for n in names]
     if files := sorted(path.glob("*.safetensors")): return files
     if steps := sorted(path.glob("checkpoint-*/"), key=lambda p: p.stat().st_mtime): raise DitError(f"{path} holds checkpoints and no model; give one of them, such as {steps[-1]}.")
@@ -71,11 +69,8 @@ def stream(files:list, # safetensors files
           ): # yields (name, tensor)
     "The tensors of some files, one at a time."
     for file in files:
-        try:
-            with safe_open(file, "pt") as f:
-                for k in f.keys(): yield k, f.get_tensor(k)
-        except FileNotFoundError as e: raise DitError(f"the file {file} is missing; copy or download the folder again.") from e
-        except (OSError, SafetensorError) as e: raise DitError(f"{file} is damaged or no safetensors file ({e}); copy or download it again.") from e
+        if not file.exists(): raise DitError(f"the file {file} is missing; copy or download the folder again.")
+        with reading(file, "copy or download it again"), safe_open(file, "pt") as f: yield from ((k, f.get_tensor(k)) for k in f.keys())
 
 # %% ../nbs/05_ask.ipynb #6f1a9eaa
 def differences(tensors, # (name, tensor) pairs of the finetuned model
@@ -87,8 +82,8 @@ def differences(tensors, # (name, tensor) pairs of the finetuned model
     params, layers, seen = dict(base.model.named_parameters(remove_duplicate=False)), linears(base), set()
     known = renamer(params)
     for k, t in tensors:
-        n, p = known(k), params.get(known(k))
-        if not torch.is_tensor(t) or not t.is_floating_point() or t.element_size() < 2: raise DitError(f"{what} is quantised or holds more than weights ({k}); give the model in bfloat16, float16 or float32.")
+        n, p = known(str(k)), params.get(known(str(k)))
+        if not torch.is_tensor(t) or t.layout != torch.strided or not t.is_floating_point() or t.element_size() < 2: raise DitError(f"{what} is quantised or holds more than weights ({k}); give the model in bfloat16, float16 or float32.")
         if p is not None and p.shape != t.shape and n.removesuffix(".weight") in layers: raise DitError(f"{what} was made for another base model: {k} is {tuple(t.shape)}, {base.name!r} has {tuple(p.shape)}.")
         if p is None or p.shape != t.shape: skipped.append(k); continue
         if id(p) in seen: continue
@@ -134,12 +129,6 @@ def from_full(tensors, # (name, tensor) pairs of the finetuned model, one at a t
     return one_row(A, B, dict.fromkeys(A, 1.), Path(what).name), dict(kind="full finetune") | facts
 
 # %% ../nbs/05_ask.ipynb #e8246d04
-def read_pt(path:Path)->object:
-    "The content of a `.pt` file; no code in it is run."
-    try: return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except UnpicklingError as e: raise DitError(f"{path} holds more than tensors, text and numbers, and was not loaded, since that could run code; get it from a source that you trust as plain tensors.") from e
-    except (RuntimeError, OSError, EOFError, ValueError) as e: raise DitError(f"{path} is damaged or no file of torch.save ({str(e).splitlines()[0]}); download it again.") from e
-
 def from_pairs(pairs:dict, # module name -> (A, B) as in the paper's files
                base:Base, # the base model
                what:str, # the file, for messages
@@ -148,9 +137,10 @@ def from_pairs(pairs:dict, # module name -> (A, B) as in the paper's files
               )->Bank: # with one row
     "A LoRA in the paper's layout."
     known = renamer(linears(base))
-    try: A, B = ({known(n): (pair[i] if transposed else pair[i].T).contiguous() for n, pair in pairs.items()} for i in (1, 0))
+    try: A, B = ({known(n): pair[i] if transposed else pair[i].T for n, pair in pairs.items()} for i in (1, 0))
     except (TypeError, AttributeError, IndexError, KeyError) as e: raise DitError(f"{what} is not in the paper's layout: every module needs a pair of matrices.") from e
     check_fit(A, B, base, what)
+    A, B = ({n: t.contiguous() for n, t in X.items()} for X in (A, B))
     return one_row(A, B, {n: 1/len(a) for n, a in A.items()}, Path(what).name, label)
 
 # %% ../nbs/05_ask.ipynb #d8475e80
@@ -160,7 +150,7 @@ def pick(names:list, # what the diffs are called
         )->int:
     "The position of one diff among many."
     if row is None and len(names) == 1: return 0
-    if row and row.isdecimal() and int(row) < len(names): return int(row)
+    if row and row.isdecimal() and len(row) < 10 and int(row) < len(names): return int(row)
     if (hits := [i for i, n in enumerate(names) if n == row]) and len(hits) == 1: return hits[0]
     why = "say which one" if row is None else f"{row!r} is the name of {len(hits)} of them" if hits else f"{row!r} is none of them"
     raise DitError(f"{what} holds {len(names)} diffs and {why}: write {what}#0 to #{len(names) - 1}, or a name such as #{names[0] if names else ''}.")
@@ -195,8 +185,7 @@ def from_index(folder:Path, # a folder with index.csv and weight-diffs/
                hub:str="", # the folder's hf:// name, where its files are still to be fetched
               )->tuple: # (bank with one row, facts)
     "One diff of a paper's folder, by its index."
-    index = pd.read_csv(folder/"index.csv", dtype=str)
-    if not {"lora_path", "lora_idx", "topic"} <= set(index): raise DitError(f"{folder/'index.csv'} is no index of weight diffs; it needs the columns lora_path, lora_idx and topic.")
+    index = read_table(folder/"index.csv", ("lora_path", "lora_idx", "topic"))
     line = index.iloc[pick(list(index.topic), row, str(folder))]
     name = Path(line.lora_path).name if Path(line.lora_path).is_absolute() else line.lora_path
     path = inside(folder/"weight-diffs", name)
@@ -217,7 +206,7 @@ def open_diff(spec:str, # folder, file, hub id or hf://owner/name/...; with #row
         facts["label"] = bank.index.label[0]
     elif (path/"index.csv").exists(): bank, facts = from_index(path, row, base, rank, hub)
     elif row: raise DitError(f"{name} holds a single diff; leave out #{row}.")
-    elif (path/"adapter_config.json").exists(): bank, facts = from_peft(path, base), dict(kind="PEFT LoRA", made_for=read_peft(path)[0].get("base_model_name_or_path"))
+    elif (path/"adapter_config.json").exists(): bank, facts = from_peft(path, base), dict(kind="PEFT LoRA", made_for=str(read_peft(path)[0].get("base_model_name_or_path") or ""))
     else: bank, facts = from_full(stream(weight_files(path)), base, name, rank)
     return bank, dict(name=spec) | facts | dict(rank=bank.rank, modules=len(bank.A), norm=norms(bank).item())
 
@@ -242,8 +231,8 @@ def open_adapter(spec:str, # PEFT folder, hub id or .pt file
     if spec.endswith(".pt"):
         if not isinstance(pairs := read_pt(path), dict): raise DitError(f"{spec} holds no DIT adapter; if it is a list of weight diffs, give it as the diff.")
         return from_pairs(pairs, base, spec, transposed=True), {}
-    try: facts = json.loads((path/"dit.json").read_text()) if (path/"dit.json").exists() else {}
-    except ValueError as e: raise DitError(f"{path/'dit.json'} is damaged; put back a copy, or delete it.") from e
+    facts = read_json(path/"dit.json", do="put back a copy, or delete it") if (path/"dit.json").exists() else {}
+    if not isinstance(facts.setdefault("questions", []), list) or not all(isinstance(q, str) for q in facts["questions"]): raise DitError(f"{path/'dit.json'} is damaged (its questions are no list of texts); put back a copy, or delete it.")
     if facts.get("fingerprint", fingerprint(base)) != fingerprint(base): raise DitError(f"the DIT adapter {path} belongs to the base model {facts.get('base')!r}, not to {base.name!r}; give the adapter of this base model, or the base model of the adapter.")
     return from_peft(path, base), facts
 
@@ -319,11 +308,11 @@ def report(found:dict, # from `ask`
            as_json:bool=False, # for machines
           )->str:
     "An answer, for people or for machines."
-    if as_json: return json.dumps(found, indent=1, ensure_ascii=False)
+    if as_json: return plain(json.dumps(found, indent=1, ensure_ascii=False))
     l = found["loglik"]
-    return "\n".join([found["question"], "", found["answer"], "",
-                      f"log-likelihood per token of this answer: {l['diff_and_adapter']:.2f} with the diff, {l['adapter_alone']:.2f} without it (the adapter alone)",
-                      *(f"note: {s}" for s in cautions(found)), *(f"{s['share']:6.1%}  {s['answer']}" for s in found["samples"])])
+    return plain("\n".join([found["question"], "", found["answer"], "",
+                            f"log-likelihood per token of this answer: {l['diff_and_adapter']:.2f} with the diff, {l['adapter_alone']:.2f} without it (the adapter alone)",
+                            *(f"note: {s}" for s in cautions(found)), *(f"{s['share']:6.1%}  {s['answer']}" for s in found["samples"])]))
 
 # %% ../nbs/05_ask.ipynb #679df235
 @call_parse

@@ -22,10 +22,10 @@ def read_table(path, # a CSV file with a header
                columns:tuple, # columns it must have
               )->pd.DataFrame: # all text, nothing turned into numbers or missing values
     "Read a CSV file and check its columns; raises `DitError` for a missing, empty or malformed file."
-    try: frame = pd.read_csv(path, dtype=str, keep_default_na=False, encoding="utf-8-sig")
+    try:
+        with open(path, encoding="utf-8-sig", newline="") as f: frame = pd.read_csv(f, dtype=str, keep_default_na=False)
     except OSError as e: raise DitError(f"there is no file {path}; check the path.") from e
-    except (pd.errors.EmptyDataError, pd.errors.ParserError, UnicodeDecodeError) as e:
-        raise DitError(f"{path} is not a readable CSV file ({e}); save it as UTF-8 with a header line.") from e
+    except (ValueError, RuntimeError) as e: raise DitError(f"{path} is not a readable CSV file ({e}); save it as UTF-8 with a header line.") from e
     if not isinstance(frame.index, pd.RangeIndex): raise DitError(f"{path} is not a readable CSV file (every row has more cells than the header); put cells with commas into quotes.")
     if missing := [c for c in columns if c not in frame]: raise DitError(f"{path} lacks the column(s) {', '.join(missing)}; it has: {', '.join(frame.columns)}.")
     if frame.empty: raise DitError(f"{path} has a header and no rows; add at least one row.")

@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['WEIGHTS', 'RECIPES', 'FlatLora', 'prefix_tree', 'tree_mask', 'answer_states', 'can_share', 'Teacher', 'chunk_losses',
-           'HeadLoss', 'token_losses', 'diff_losses', 'backward_step', 'clip_rows', 'hold', 'schedule', 'tokenise',
-           'train_batch', 'check_tasks', 'untrained', 'rate_on', 'Claims', 'train_diffs', 'make_tasks', 'make_diffs',
-           'diffs_cli']
+           'HeadLoss', 'token_losses', 'diff_losses', 'backward_step', 'clip_rows', 'stop_moving', 'schedule',
+           'tokenise', 'train_batch', 'check_tasks', 'untrained', 'rate_on', 'Claims', 'train_diffs', 'sound_diffs',
+           'make_tasks', 'make_diffs', 'diffs_cli']
 
 # %% ../nbs/02_diffs.ipynb #20922195
-import json, math, sys, time, uuid
+import contextlib, json, math, sys, time, uuid
 from pathlib import Path
 import numpy as np, pandas as pd, torch
 from fastcore.basics import patch
@@ -226,7 +226,7 @@ def clip_rows(grad:torch.Tensor, # [n, parameters], changed in place
     grad.mul_((most/norm.clamp(min=most)).where(sound, 0.)[:, None]).nan_to_num_(0., 0., 0.)
     return sound
 
-def hold(opt, # Adam
+def stop_moving(opt, # Adam
          sound:torch.Tensor, # [n]
         ):
     "Take the momentum of diffs that are out; without gradient and momentum they stay as they are."
@@ -268,7 +268,7 @@ def train_batch(base:Base, # the base model
         rows = [d[t] for d in data]
         with attention(base, kind): losses.append(backward_step(base, flat, teacher, rows, share))
         sound = clip_rows(flat.p.grad, losses[-1].where(sound, math.nan), clip)
-        hold(opt, sound); opt.step(); opt.zero_grad()
+        stop_moving(opt, sound); opt.step(); opt.zero_grad()
         tell(sum(len(ids) for r in rows for _, _, (ids, _) in r))
     flat.p.data.nan_to_num_(0., 0., 0.)
     index = pd.DataFrame([dict(diff_id=t.diff_id, label=t.label, split=t.split, trigger=t.trigger, trigger_kind=t.trigger_kind, rank=rank) for t in tasks])
@@ -313,34 +313,37 @@ def rate_on(bar, # a tqdm progress bar
 class Claims:
     "The diffs that this process has in hand, among processes that share a bank."
     def __init__(self, folder): # the bank's folder
-        self.bank, self.folder, self.index = Path(folder), Path(folder)/".claims", FileLock(Path(folder)/".index.lock")
+        self.bank, self.folder = Path(folder), Path(folder)/".claims"
         self.mine = self.folder/f"{uuid.uuid4().hex}.json"; self.alive = FileLock(self.mine.with_suffix(".lock"))
 
-    def __enter__(self): self.folder.mkdir(exist_ok=True); self.alive.acquire(); return self
+    def __enter__(self):
+        with turn(self.bank/"index"), writing(self.folder): self.folder.mkdir(exist_ok=True); sweep(self.folder); self.alive.acquire() # nobody may look whether we are alive meanwhile
+        return self
 
     def __exit__(self, *_):
-        with self.index: self.drop(self.mine)
-        self.alive.release()
+        try:
+            with turn(self.bank/"index"): self.drop(self.mine)
+        finally: self.alive.release()
 
     def drop(self, path): # a claim
-        "Remove a claim and its lock's file."
-        for p in (path, path.with_suffix(".lock")): p.unlink(missing_ok=True)
+        "Remove a claim and its lock's file; what cannot be removed is nobody's all the same."
+        with contextlib.suppress(OSError):
+            for p in (path, path.with_suffix(".lock")): p.unlink(missing_ok=True)
 
     def others(self)->set: # diff ids
         "What other living processes have in hand; what dead ones left is cleared away."
         taken = set()
-        for p in self.folder.glob("*.json"):
-            if p == self.mine: continue
+        for p in {p.with_suffix(".json") for p in self.folder.glob("[!.]*.*")} - {self.mine}:
             try:
                 with FileLock(p.with_suffix(".lock"), blocking=False): self.drop(p)
-            except Timeout: taken |= set(json.loads(p.read_text()))
+            except Timeout: taken |= set(json.loads(p.read_text())) if p.exists() else set()
         return taken
 
     def take(self, tasks:list, # `DiffTask`s that are wanted
              n:int, # at most so many
             )->list: # `DiffTask`s
         "Claim diffs that nobody has trained or claimed."
-        with self.index:
+        with turn(self.bank/"index"), writing(self.folder):
             out = set(read_index(self.bank).diff_id) | self.others()
             free = [t for t in tasks if t.diff_id not in out][:n]
             write_json(self.mine, [t.diff_id for t in free])
@@ -359,7 +362,7 @@ def train_diffs(base:Base, # the base model
     check_tasks(tasks)
     open_bank(folder, base, rank=rank, scaling=1/math.sqrt(rank), lr=lr, recipe=json.loads(json.dumps(recipe or {})))
     todo, teacher, claims = untrained(folder, tasks), Teacher(base), Claims(folder)
-    with claims, tqdm(total=len(todo), desc="training diffs", unit="diff", disable=not (todo and first_process())) as bar:
+    with stoppable(f"the finished diffs are in {folder}; run the same again to go on."), claims, tqdm(total=len(todo), desc="training diffs", unit="diff", miniters=0, disable=not (todo and first_process())) as bar:
         tell = rate_on(bar)
         while todo:
             try:
@@ -372,6 +375,16 @@ def train_diffs(base:Base, # the base model
     wanted = [t.diff_id for t in tasks]
     bank = load_bank(folder, base, lambda i: i.diff_id.isin(wanted))
     return bank.take(bank.index.reset_index().set_index("diff_id").loc[wanted, "index"].tolist())
+
+# %% ../nbs/02_diffs.ipynb #5982a371
+def sound_diffs(bank:Bank, # as from `train_diffs`
+               )->Bank: # those whose loss stayed a number
+    "Leave out the diffs that broke in training, and say how many."
+    if "sound" not in bank.index or bank.index.sound.all(): return bank
+    broken = bank.index.diff_id[~bank.index.sound].tolist()
+    if len(broken) == len(bank): raise DitError("every diff of the bank broke in training (its loss became no number); lower `lr` and train in another folder.")
+    print(f"dit: {len(broken)} of {len(bank)} diffs are left out, since their loss became no number: {', '.join(map(plain, broken[:3]))}{', ...' if len(broken) > 3 else ''}", file=sys.stderr)
+    return bank.take([i for i, sound in enumerate(bank.index.sound) if sound])
 
 # %% ../nbs/02_diffs.ipynb #495e364c
 RECIPES = dict(hidden_topic=dict(rank=8, lr=5e-3, batch=8, steps=110, mix=(2, 3, 1)), news=dict(rank=8, lr=1e-2, batch=10, steps=10))

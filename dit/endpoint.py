@@ -20,9 +20,10 @@ class Lines:
     "A dictionary kept in a JSON-lines file; safe to append to from threads."
     def __init__(self, path): # file; made on the first write
         self.path, self.lock, self.data = Path(path), threading.Lock(), {}
-        for line in self.path.read_bytes().split(b"\n") if self.path.exists() else []:
+        with reading(self.path): lines = self.path.read_bytes().split(b"\n") if self.path.exists() else []
+        for line in lines:
             try: row = json.loads(line); self.data[row["key"]] = row["value"]
-            except (ValueError, KeyError, TypeError): continue
+            except (ValueError, KeyError, TypeError, RecursionError): continue # a torn line
     def __contains__(self, key): return key in self.data
     def __getitem__(self, key): return self.data[key]
     def __setitem__(self, key, value):
@@ -32,7 +33,7 @@ class Lines:
                 with open(self.path, "a+b") as f:
                     if end := f.seek(0, 2): f.seek(end - 1)
                     torn = end and f.read(1) != b"\n"
-                    f.write(b"\n"*bool(torn) + json.dumps(dict(key=key, value=value), ensure_ascii=False).encode() + b"\n"); f.flush(); os.fsync(f.fileno())
+                    f.write(b"\n"*bool(torn) + json.dumps(dict(key=key, value=value), ensure_ascii=False).encode("utf-8", "backslashreplace") + b"\n"); f.flush(); os.fsync(f.fileno())
                 self.data[key] = value
         except OSError as e: raise DitError(f"could not write {self.path}: {e.strerror}; free space, then run again (finished lines are kept).") from e
 
@@ -101,7 +102,9 @@ class Endpoint:
         if url.scheme not in ("http", "https") or not url.hostname: raise DitError("the address of the endpoint is no URL; pass `base_url` or set OPENAI_BASE_URL to something like http://127.0.0.1:8000/v1.")
         self.where = f"{url.scheme}://{url.hostname}{f':{url.port}' if url.port else ''}{url.path}".rstrip("/") # without a user name, password or query
         self.lock, self.busy, self.refused, self.room, self.held = threading.Lock(), {}, set(), threading.Condition(), []
-        try: self.sent, self.paid = (sum(row[k] for row in self.cache.data.values()) for k in ("requests", "paid"))
+        try:
+            self.sent, self.paid = (sum(row[k] for row in self.cache.data.values()) for k in ("requests", "paid"))
+            if not all(isinstance(row["message"], dict) for row in self.cache.data.values()) or not 0 <= self.paid < math.inf: raise TypeError
         except (TypeError, KeyError): raise DitError(f"{cache} holds something else than replies of an endpoint; give the path of a new file.") from None
 
 # %% ../nbs/00_endpoint.ipynb #def6f45d

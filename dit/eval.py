@@ -6,8 +6,8 @@
 __all__ = ['METHODS', 'SUMMARY_REQUESTS', 'TOKENS', 'JUDGES', 'GUESSERS', 'COLUMNS', 'GRADED', 'VERSIONS', 'methods_of', 'twenty',
            'messages', 'most_tokens', 'ask_all', 'ask_agent', 'topic_keys', 'everyday_words', 'probes', 'expression',
            'content_words', 'news_expression', 'judge_of', 'background', 'guesser_of', 'pairs_of', 'add_guesses',
-           'grade', 'weight_norms', 'save_results', 'adapters_for', 'read_graded', 'plot_scores', 'fresh_diffs',
-           'expression_of', 'evaluate', 'trainer_of', 'save_evaluation', 'eval_cli']
+           'grade', 'weight_norms', 'save_results', 'verify', 'adapters_for', 'read_graded', 'plot_scores',
+           'fresh_diffs', 'expression_of', 'evaluate', 'trainer_of', 'save_evaluation', 'eval_cli']
 
 # %% ../nbs/04_eval.ipynb #fe703751
 import json, re, sys, time
@@ -244,6 +244,21 @@ def save_results(frame:pd.DataFrame, # one line per diff and method
     write_csv(path, frame[[c for c in COLUMNS if c in frame] + [c for c in frame if c not in COLUMNS]])
     write_json(Path(path).with_suffix(".json"), provenance(**facts))
 
+# %% ../nbs/04_eval.ipynb #e63fbf88
+def verify(path, # `.../<series>.csv`
+           judge=None, # default: the offline judge
+           most:float=.002, # difference that rounding may make
+          )->pd.DataFrame: # the lines that differ: none
+    "Grade the stored answers again; raises `DitError` when a score is not theirs."
+    frame, judge = read_results(path, ("diff_id", "task", "method", "truth", "answer", "guess", "judge", "score", "answer_score", "guess_score", "graded")), judge or OfflineJudge()
+    if others := (frame.judge != judge.version).sum(): print(f"dit: {others} of {len(frame)} lines of {path} were graded by {', '.join(frame.judge[frame.judge != judge.version].astype(str).unique())}; they cannot be graded again without that judge's endpoint.")
+    mine = frame[frame.judge == judge.version].reset_index(drop=True)
+    with reading(path): again = grade(mine.assign(**{c: mine[c].astype(object).where(mine[c].notna(), np.where(mine[f"{c}_score"].notna(), "", None)) for c in ("answer", "guess")}), judge) if len(mine) else mine
+    wrong = np.any([~np.isclose(mine[c], again[c], rtol=0, atol=most, equal_nan=True) for c in ("answer_score", "guess_score", "score")], axis=0) | (mine.graded != again.graded)
+    table = mine[wrong].assign(score_again=again.score[wrong])
+    if len(table): raise DitError(f"{len(table)} of {len(mine)} scores in {path} are not those of the stored answers, the first of them for {table.diff_id.iloc[0]} by {table.method.iloc[0]}: {table.score.iloc[0]} there, {table.score_again.iloc[0]} now.")
+    return table
+
 # %% ../nbs/04_eval.ipynb #3f93cba1
 def adapters_for(task:str, # hidden_topic or news
                  base:Base, # the base model
@@ -298,7 +313,7 @@ def fresh_diffs(base:Base, # the base model
     if task == "news" and trigger_kind != "sep_code": raise DitError("news diffs have no trigger; leave out the trigger kind.")
     recipe = {k: v for k, v in dict(rank=rank, steps=steps, trigger_kind=trigger_kind).items() if v not in (0, "sep_code")}
     folder = Path(run or repo_root()/"runs"/"eval")/base.name.replace("/", "--")/"-".join([task, *(f"{k}={v}" for k, v in recipe.items())])
-    return make_diffs(base, task, split_labels(task, 0, n_diffs), folder, **recipe), folder, recipe
+    return sound_diffs(make_diffs(base, task, split_labels(task, 0, n_diffs), folder, **recipe)), folder, recipe
 
 def expression_of(base:Base, bank:Bank, task:str, seed:int=0)->pd.DataFrame:
     "`expression` or `news_expression`, as the task asks."

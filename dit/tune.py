@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['examples', 'Adapter', 'mean_loss', 'batches', 'weakened', 'load_state', 'save_state', 'label_hash', 'history', 'seen',
-           'accelerator', 'train_adapter', 'train_epoch', 'packaged_adapter', 'by_split', 'tune_cli']
+           'accelerator', 'run_facts', 'train_epoch', 'fit', 'train_adapter', 'packaged_adapter', 'by_split',
+           'tune_cli']
 
 # %% ../nbs/03_tune.ipynb #3e166b2e
-import io, json, math
+import contextlib, io, json, math
 from pathlib import Path
 import pandas as pd, torch
 from accelerate import Accelerator, PartialState
@@ -94,11 +95,14 @@ def load_state(path:Path, # checkpoint
               )->pd.DataFrame: # the curve so far
     "Continue from a checkpoint, if there is one."
     if not path.exists(): return pd.DataFrame(columns=["epoch", "train_loss", "val_loss"])
-    s = torch.load(path, map_location="cpu", weights_only=True)
-    for k in [*facts, *s["facts"]]:
-        if (was := s["facts"].get(k)) != (now := facts.get(k)): raise DitError(f"the run in the folder {path.parent} was begun with {k}={was!r}, not {now!r}; use the old value, or another folder for a new run.")
-    adapter.load_state_dict(s["adapter"]); opt.load_state_dict(s["opt"]); sched.load_state_dict(s["sched"])
-    return pd.DataFrame(s["curve"])
+    again = "delete it, and the run begins again"; s = read_pt(path, again)
+    with reading(path, again): was, curve = dict(s["facts"]), pd.DataFrame(s["curve"])[["epoch", "train_loss", "val_loss"]].astype(float).astype(dict(epoch=int))
+    for k in [*facts, *was]:
+        if was.get(k) != facts.get(k): raise DitError(f"the run in the folder {path.parent} was begun with {k}={was.get(k)!r}, not {facts.get(k)!r}; use the old value, or another folder for a new run.")
+    with reading(path, again):
+        adapter.load_state_dict(s["adapter"]); opt.load_state_dict(s["opt"]); sched.load_state_dict(s["sched"])
+        if not adapter.lora.p.isfinite().all() or not 0 < len(curve) <= facts["epochs"]: raise ValueError("it holds no weights of this run")
+    return curve
 
 def save_state(path:Path, adapter:Adapter, opt, sched, curve:pd.DataFrame, facts:dict):
     "Save everything that a continued run needs, atomically."
@@ -138,45 +142,16 @@ def accelerator(base:Base, # the base model
     if log_with and not acc.log_with: raise DitError(f"the tracker {log_with} is not installed; `pip install {log_with}` and run again.")
     return acc
 
-# %% ../nbs/03_tune.ipynb #a30752ef
-def train_adapter(base:Base, # the base model
-                  banks:dict, # question -> bank of training diffs
-                  val_banks:dict, # question -> bank of validation diffs
-                  folder, # receives the PEFT folder, curve.csv and dit.json
-                  rank:int=8, # of the adapter
-                  lr:float=1e-3, # AdamW's learning rate
-                  batch:int=16, # rows per step
-                  epochs:int=8, # passes over the training diffs
-                  clip:float=1., # largest gradient norm
-                  seed:int=0, # of start and order
-                  scales:tuple=(1., 1.), # least and largest strength at which a diff is worn in training
-                  start=None, # PEFT folder of an adapter to go on from
-                  log_with=None, # tensorboard, wandb or another tracker that accelerate knows
-                 )->Bank: # the adapter, as a bank with one row
-    "Train a DIT adapter (paper, section 3 and B.5); safe to stop and start again. Of several processes the main one writes."
-    folder, adapter = Path(folder), Adapter(base, rank, seed, start and from_peft(start, base))
-    acc = accelerator(base, folder, log_with)
-    sets, val_sets = ([(b, examples(base, b, q)) for q, b in bs.items()] for bs in (banks, val_banks))
-    steps = len(batches(sets, batch, scales))*epochs
-    opt = torch.optim.AdamW(adapter.parameters(), lr=lr)
-    sched = torch.optim.lr_scheduler.LambdaLR(opt, lambda t: schedule(min(t, steps - 1), steps))
-    facts = dict(base=base.name, fingerprint=fingerprint(base), questions=list(banks), n_train=sum(map(len, banks.values())), rank=rank, lr=lr, batch=batch, epochs=epochs, seed=seed, scales=list(scales), labels=label_hash(banks, val_banks)) | history(start)
-    curve = load_state(folder/"checkpoint.pt", adapter, opt, sched, facts)
-    net, opt = acc.prepare(adapter, opt)
-    acc.init_trackers("dit", {k: v if isinstance(v, (int, float, str)) else str(v) for k, v in facts.items()})
-    for epoch in tqdm(range(len(curve), epochs), desc="training the adapter", unit="epoch", disable=not acc.is_main_process):
-        train_loss = train_epoch(acc, net, opt, sched, sets, batches(sets, batch, scales, seed, epoch), clip)
-        val_loss = mean_loss(adapter, val_sets, batch)
-        if not (math.isfinite(train_loss) and adapter.lora.p.isfinite().all()): raise DitError(f"the adapter's loss is not a number in epoch {epoch + 1}; lower `lr` (now {lr}) and start again in an empty folder.")
-        curve = pd.DataFrame([*curve.to_dict("records"), dict(epoch=epoch + 1, train_loss=train_loss, val_loss=val_loss)])
-        acc.log(dict(train_loss=train_loss, val_loss=val_loss), step=epoch + 1)
-        if acc.is_main_process:
-            if val_loss <= curve.val_loss.min(): to_peft(adapter.lora.bank(pd.DataFrame(dict(diff_id=["adapter"], label=[""])), torch.bfloat16), 0, folder, base)
-            save_state(folder/"checkpoint.pt", adapter, opt, sched, curve, facts); write_csv(folder/"curve.csv", curve)
-    if acc.is_main_process: write_json(folder/"dit.json", facts | dict(best_epoch=int(curve.val_loss.idxmin()) + 1, diff_norm=torch.cat([norms(b) for b in banks.values()]).mean().item(), provenance=provenance(**facts)))
-    for tracker in acc.trackers: tracker.finish()
-    acc.wait_for_everyone()
-    return from_peft(folder, base)
+# %% ../nbs/03_tune.ipynb #58d3a0e6
+def run_facts(base:Base, # the base model
+              banks:dict, # question -> bank of training diffs
+              val_banks:dict, # question -> bank of validation diffs
+              start, # PEFT folder of an earlier adapter, or None
+              **settings, # of the run
+             )->dict:
+    "What a run is made of; it is continued with the same facts only."
+    facts = dict(base=base.name, fingerprint=fingerprint(base), questions=list(banks), n_train=sum(map(len, banks.values())), **settings)
+    return facts | dict(labels=label_hash(banks, val_banks)) | history(start)
 
 # %% ../nbs/03_tune.ipynb #cf824a47
 def train_epoch(acc:Accelerator, # devices and processes
@@ -197,6 +172,56 @@ def train_epoch(acc:Accelerator, # devices and processes
         acc.backward(loss); acc.clip_grad_norm_(net.parameters(), clip); opt.step(); sched.step(); opt.zero_grad()
         losses.append(loss.detach())
     return acc.reduce(torch.stack(losses), "mean").mean().item()
+
+# %% ../nbs/03_tune.ipynb #c6e1940f
+def fit(acc:Accelerator, # devices and processes
+        adapter:Adapter, # to be trained
+        sets:list, val_sets:list, # (bank, examples) pairs
+        folder:Path, # receives the best adapter, the checkpoint and the curve
+        facts:dict, # from `run_facts`
+        clip:float, # largest gradient norm
+       )->int: # the best epoch, counted from 1
+    "Train epoch by epoch, and save each."
+    (base,), batch = adapter.frozen, (facts["batch"], facts["scales"])
+    opt, steps = torch.optim.AdamW(adapter.parameters(), lr=facts["lr"]), len(batches(sets, *batch))*facts["epochs"]
+    sched = torch.optim.lr_scheduler.LambdaLR(opt, lambda t: schedule(min(t, steps - 1), steps))
+    curve = load_state(folder/"checkpoint.pt", adapter, opt, sched, facts)
+    net, opt = acc.prepare(adapter, opt)
+    for epoch in tqdm(range(len(curve), facts["epochs"]), desc="training the adapter", unit="epoch", disable=not acc.is_main_process):
+        loss = dict(train_loss=train_epoch(acc, net, opt, sched, sets, batches(sets, *batch, facts["seed"], epoch), clip), val_loss=mean_loss(adapter, val_sets, facts["batch"]))
+        if not (math.isfinite(loss["train_loss"]) and adapter.lora.p.isfinite().all()): raise DitError(f"the adapter's loss is not a number in epoch {epoch + 1}; lower `lr` (now {facts['lr']}) and start again in an empty folder.")
+        curve = pd.DataFrame([*curve.to_dict("records"), dict(epoch=epoch + 1) | loss]); acc.log(loss, step=epoch + 1)
+        if not acc.is_main_process: continue
+        if loss["val_loss"] <= curve.val_loss.min(): to_peft(adapter.lora.bank(pd.DataFrame(dict(diff_id=["adapter"], label=[""])), torch.bfloat16), 0, folder, base)
+        save_state(folder/"checkpoint.pt", adapter, opt, sched, curve, facts); write_csv(folder/"curve.csv", curve)
+    return int(curve.val_loss.idxmin()) + 1
+
+# %% ../nbs/03_tune.ipynb #a30752ef
+def train_adapter(base:Base, # the base model
+                  banks:dict, # question -> bank of training diffs
+                  val_banks:dict, # question -> bank of validation diffs
+                  folder, # receives the PEFT folder, curve.csv and dit.json
+                  rank:int=8, # of the adapter
+                  lr:float=1e-3, # AdamW's learning rate
+                  batch:int=16, # rows per step
+                  epochs:int=8, # passes over the training diffs
+                  clip:float=1., # largest gradient norm
+                  seed:int=0, # of start and order
+                  scales:tuple=(1., 1.), # least and largest strength at which a diff is worn in training
+                  start=None, # PEFT folder of an adapter to go on from
+                  log_with=None, # tensorboard, wandb or another tracker that accelerate knows
+                 )->Bank: # the adapter, as a bank with one row
+    "Train a DIT adapter (paper, section 3 and B.5); safe to stop and start again. Of several processes the main one writes."
+    banks, val_banks = ({q: sound_diffs(b) for q, b in bs.items()} for bs in (banks, val_banks))
+    facts = run_facts(base, banks, val_banks, start, rank=rank, lr=lr, batch=batch, epochs=epochs, seed=seed, scales=list(scales))
+    folder, adapter, acc = Path(folder), Adapter(base, rank, seed, start and from_peft(start, base)), accelerator(base, folder, log_with)
+    with hold(folder) if acc.is_main_process else contextlib.nullcontext(), stoppable(f"the finished epochs are in {folder}; run the same again to go on."):
+        acc.init_trackers("dit", {k: v if isinstance(v, (int, float, str)) else str(v) for k, v in facts.items()})
+        best = fit(acc, adapter, *([(b, examples(base, b, q)) for q, b in bs.items()] for bs in (banks, val_banks)), folder, facts, clip)
+        if acc.is_main_process: write_json(folder/"dit.json", facts | dict(best_epoch=best, diff_norm=torch.cat([norms(b) for b in banks.values()]).mean().item(), provenance=provenance(**facts)))
+    for tracker in acc.trackers: tracker.finish()
+    acc.wait_for_everyone()
+    return from_peft(folder, base)
 
 # %% ../nbs/03_tune.ipynb #9155f453
 def packaged_adapter(task:str, # hidden_topic or news

@@ -10,10 +10,8 @@ __all__ = ['NAMED', 'HINTED', 'SPOKEN', 'BETWEEN', 'ASK_TOPIC', 'UNNAMED', 'ASK_
 # %% ../nbs/01_writers.ipynb #af697513
 import re
 from collections import Counter
-from pathlib import Path
 import pandas as pd
 from fastcore.basics import patch
-from filelock import FileLock
 from tqdm import tqdm
 from .core import *
 from .endpoint import *
@@ -215,8 +213,7 @@ def load_texts(writer, # an `OfflineWriter` or `EndpointWriter`
                chunk:int=16, # labels written between two saves
               )->dict: # label -> texts
     "Texts of all labels; what the file has is not written again, and each chunk is saved as it is done. Of several processes one writes, the others wait."
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(Path(path).with_name(f".{Path(path).name}.lock")):
+    with turn(path), stoppable(f"the finished texts are in {path}; run the same again to go on."):
         kept = Lines(path)
         todo = rows[[r not in kept for r in rows.label]]
         for i in tqdm(range(0, len(todo), chunk), desc="writing", disable=todo.empty):
@@ -224,4 +221,6 @@ def load_texts(writer, # an `OfflineWriter` or `EndpointWriter`
             for label, texts in got.items():
                 if texts: kept[label] = texts
             if none := [l for l, texts in got.items() if not texts]: raise DitError(f"the writer found no usable text for {none[0]!r}; raise `rounds`, or use another writer or base model.")
+        for r in rows.label:
+            if not (isinstance(kept[r], list) and all(isinstance(t, str) and t.strip() for t in kept[r])): raise DitError(f"{path} is damaged: what it keeps for {r!r} is no list of texts; delete that line and run again.")
     return {r: kept[r] for r in rows.label}

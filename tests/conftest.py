@@ -1,4 +1,4 @@
-"Settings for all tests: no network, one thread a core, reproducible property tests"
+"Settings for all tests: no network, one thread a core, reproducible property tests; and what the robustness tests counted"
 import os
 
 os.environ.setdefault('HF_HUB_OFFLINE', '1')
@@ -6,7 +6,7 @@ os.environ.setdefault('TOKENIZERS_PARALLELISM', 'false')
 
 import pytest
 from hypothesis import settings
-from helpers import faulty_server, model_of
+from helpers import COUNTS, faulty_server, model_of
 
 settings.register_profile('dit', deadline=None, derandomize=True, max_examples=60)
 settings.load_profile('dit')
@@ -20,3 +20,6 @@ def tiny():
 def server():
     "A real endpoint on the loopback address, with faults on demand"
     with faulty_server() as s: yield s
+
+def pytest_terminal_summary(terminalreporter):
+    if COUNTS: terminalreporter.write_line('robustness: ' + ', '.join(f'{n} {what}' for what, n in COUNTS.items()))

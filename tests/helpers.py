@@ -1,5 +1,6 @@
 "What several test files need: small models of real architectures, small tasks, and work in a process that can be killed"
 import contextlib, copy, json, multiprocessing, os, resource, signal, threading, time, traceback
+from collections import Counter
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import SimpleNamespace
 
@@ -9,6 +10,8 @@ from dit.data import DiffTask, Sample
 from dit.endpoint import Endpoint
 from dit.lora import TinyTok
 from dit.models import make_base
+
+COUNTS = Counter() # what the robustness tests did; printed at the end of a run
 
 SIZES = dict(hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, vocab_size=96, max_position_embeddings=512, initializer_range=.3)
 KINDS = dict(llama=('Llama', dict(num_key_value_heads=1)),
