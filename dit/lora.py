@@ -407,7 +407,7 @@ def save_shard(folder, # bank folder
         index = read_index(folder)
         shard = f"shard-{len(index.shard.unique()):05d}.safetensors"
         with atomic(Path(folder)/shard) as tmp: save_file({f"{n}.{x}": t[n].contiguous() for x, t in (("A", bank.A), ("B", bank.B)) for n in t}, tmp)
-        new = bank.index.assign(shard=shard, position=range(len(bank)), sha256=sha256_of(Path(folder)/shard)[:16])
+        new = bank.index.assign(shard=shard, position=range(len(bank)), sha256=sha256_of(Path(folder)/shard)[:16], bytes=str((Path(folder)/shard).stat().st_size))
         write_csv(Path(folder)/"index.csv", pd.concat([index, new], ignore_index=True) if len(index) else new)
 
 # %% ../nbs/02_lora.ipynb #2c24900c
