@@ -300,8 +300,7 @@ def write(base:Base, # a base model
     "Write answers to many prompts, batched by length."
     ids, seeds, out = [token_ids(base, p) for p in prompts], seeds or list(range(len(prompts))), [None]*len(prompts)
     order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
-    for s in range(0, len(order), batch):
-        part = order[s:s+batch]
-        rows = write_batch(base, [ids[i] for i in part], [seeds[i] for i in part], max_new, temperature, top_k, lambda alive: mount([part[k] for k in alive]))
+    work = lambda part: write_batch(base, [ids[i] for i in part], [seeds[i] for i in part], max_new, temperature, top_k, lambda alive: mount([part[k] for k in alive]))
+    for part, rows in in_parts(order, batch, work):
         for i, r in zip(part, rows): out[i] = base.tok.decode(r).strip()
     return out

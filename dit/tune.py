@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['examples', 'Adapter', 'mean_loss', 'batches', 'load_state', 'save_state', 'label_hash', 'train_adapter',
-           'train_epoch']
+           'backward_part', 'train_epoch']
 
 # %% ../nbs/03_tune.ipynb #3e166b2e
 import io, json, math
@@ -55,10 +55,9 @@ def mean_loss(adapter:Adapter, # the adapter
     "Mean loss over the examples of some banks."
     total = count = 0
     for bank, data in sets:
-        for i in range(0, len(data), batch):
-            part = data[i:i+batch]
-            base, = adapter.frozen
-            total += adapter(bank.rows([r for r, _ in part], base.device, base.dtype), [e for _, e in part]).item()*len(part); count += len(part)
+        base, = adapter.frozen
+        work = lambda part: adapter(bank.rows([r for r, _ in part], base.device, base.dtype), [e for _, e in part]).item()
+        for part, loss in in_parts(data, batch, work): total += loss*len(part); count += len(part)
     return total/max(1, count)
 
 # %% ../nbs/03_tune.ipynb #3b7b7edb
@@ -122,8 +121,8 @@ def train_adapter(base:Base, # the base model
     sched = torch.optim.lr_scheduler.LambdaLR(opt, lambda t: schedule(min(t, steps - 1), steps))
     facts = dict(base=base.name, fingerprint=fingerprint(base), questions=list(banks), n_train=sum(map(len, banks.values())), rank=rank, lr=lr, batch=batch, epochs=epochs, seed=seed, labels=label_hash(banks, val_banks))
     curve = load_state(folder/"checkpoint.pt", adapter, opt, sched, facts)
-    net, opt = acc.prepare(adapter, opt)
-    for epoch in tqdm(range(len(curve), epochs), desc="training the adapter", unit="epoch", disable=not acc.is_main_process):
+    (net, opt), begun = acc.prepare(adapter, opt), len(curve)
+    for epoch in tqdm(range(begun, epochs), desc="training the adapter", unit="epoch", disable=not acc.is_main_process):
         train_loss = train_epoch(acc, net, opt, sched, sets, batches(sets, batch, seed, epoch), clip)
         val_loss = mean_loss(adapter, val_sets, batch)
         if not (math.isfinite(train_loss) and adapter.lora.p.isfinite().all()): raise DitError(f"the adapter's loss is not a number in epoch {epoch + 1}; lower `lr` (now {lr}) and start again in an empty folder.")
@@ -131,8 +130,22 @@ def train_adapter(base:Base, # the base model
         if acc.is_main_process:
             if val_loss <= curve.val_loss.min(): to_peft(adapter.lora.bank(pd.DataFrame(dict(diff_id=["adapter"], label=[""])), torch.bfloat16), 0, folder, base)
             save_state(folder/"checkpoint.pt", adapter, opt, sched, curve, facts); write_csv(folder/"curve.csv", curve)
+    if acc.is_main_process and len(curve) > begun: say_peak("training the adapter")
     if acc.is_main_process: write_json(folder/"dit.json", facts | dict(best_epoch=int(curve.val_loss.idxmin()) + 1, provenance=provenance(**facts)))
     return from_peft(folder, base)
+
+# %% ../nbs/03_tune.ipynb #e0b75c29
+def backward_part(acc:Accelerator, # devices and processes
+                  net, # the adapter, prepared by `acc`
+                  base:Base, # the base model
+                  bank:Bank, # of the batch
+                  part:list, # (set number, row, tokens): the batch, or what fits of it
+                  n:int, # rows of the batch
+                 )->torch.Tensor: # the part's share in the mean loss
+    "Add up the gradients of a batch, or of a part of it."
+    loss = net(bank.rows([r for _, r, _ in part], base.device, base.dtype), [e for _, _, e in part])*(len(part)/n)
+    acc.backward(loss)
+    return loss.detach()
 
 # %% ../nbs/03_tune.ipynb #cf824a47
 def train_epoch(acc:Accelerator, # devices and processes
@@ -148,7 +161,7 @@ def train_epoch(acc:Accelerator, # devices and processes
     base, = acc.unwrap_model(net).frozen
     for part in todo:
         with acc.split_between_processes(part, apply_padding=True) as mine:
-            loss = net(sets[mine[0][0]][0].rows([r for _, r, _ in mine], base.device, base.dtype), [e for _, _, e in mine])
-        acc.backward(loss); acc.clip_grad_norm_(net.parameters(), clip); opt.step(); sched.step(); opt.zero_grad()
-        losses.append(loss.detach())
+            loss = sum(l for _, l in in_parts(mine, len(mine), lambda some: backward_part(acc, net, base, sets[mine[0][0]][0], some, len(mine))))
+        acc.clip_grad_norm_(net.parameters(), clip); opt.step(); sched.step(); opt.zero_grad()
+        losses.append(loss)
     return torch.stack(losses).mean().item()
