@@ -6,10 +6,11 @@
 __all__ = ['FORMULA', 'plain', 'DitError', 'choose', 'command', 'check_parameters', 'seed_of', 'rng', 'torch_rng', 'sweep',
            'locked_new', 'writing', 'atomic', 'to_cells', 'from_cells', 'write_json', 'write_csv', 'reading',
            'read_json', 'read_pt', 'stoppable', 'turn', 'hold', 'sha256_of', 'repo_root', 'package_data', 'best_device',
-           'first_process', 'matmul_rate', 'best_dtype', 'git_commit', 'provenance']
+           'first_process', 'matmul_rate', 'probe', 'best_dtype', 'no_room', 'in_parts', 'give_back', 'free_memory',
+           'peak_memory', 'say_peak', 'git_commit', 'provenance']
 
 # %% ../nbs/00_core.ipynb #1bc0eef0
-import contextlib, csv, datetime, fcntl, glob, hashlib, importlib.metadata, json, os, platform, random, re, signal, subprocess, sys, threading, time
+import contextlib, csv, ctypes, datetime, fcntl, functools, glob, hashlib, importlib.metadata, json, math, os, platform, random, re, signal, subprocess, sys, threading, time
 from pathlib import Path
 from pickle import UnpicklingError
 import pandas as pd, torch
@@ -237,20 +238,83 @@ def first_process()->bool:
     return os.environ.get("LOCAL_RANK", "0") == "0"
 
 def matmul_rate(dtype:torch.dtype, # precision to try
-                size:int=512, # side of the square matrices
+                threads:int|None=None, # with so many; default: as set
                 times:int=5, # repetitions
                )->float: # best of the repetitions, in GFLOP/s
-    "Rate of a matrix product on the CPU."
-    a, b, best = torch.ones(size, size, dtype=dtype), torch.ones(size, size, dtype=dtype), float("inf")
+    "Rate of a matrix product on the CPU: a thousand tokens through a layer of a small model."
+    a, b, best, before = torch.ones(1024, 576, dtype=dtype), torch.ones(576, 576, dtype=dtype), float("inf"), torch.get_num_threads()
+    torch.set_num_threads(threads or before)
     for _ in range(times+1):
         t = time.perf_counter(); a @ b; best = min(best, time.perf_counter() - t)
-    return 2*size**3/best/1e9
+    torch.set_num_threads(before)
+    return 2*1024*576**2/best/1e9
+
+# %% ../nbs/00_core.ipynb #83d4fa10
+@functools.cache
+def probe(device:torch.device, # where the model will run
+         )->tuple: # precision, number of threads
+    "Find out what is fastest, once, and say so."
+    all_, kind = torch.get_num_threads(), torch.bfloat16
+    if device.type == "cuda": return (kind if torch.cuda.is_bf16_supported() else torch.float32), all_
+    plain, half = matmul_rate(torch.float32), matmul_rate(torch.bfloat16)
+    kind, rate = (torch.bfloat16, half) if half > 1.2*plain else (torch.float32, plain)
+    fewer = {n: matmul_rate(kind, n) for n in {1, all_//2} - {0, all_}}
+    threads = max([all_, *(n for n in fewer if fewer[n] > 1.2*rate)], key=lambda n: fewer.get(n, rate))
+    print(f"dit: {str(kind)[6:]} with {threads} of {all_} threads ({fewer.get(threads, rate):.0f} GFLOP/s; float32 {plain:.0f}, bfloat16 {half:.0f} with all)", file=sys.stderr)
+    return kind, threads
 
 def best_dtype(device:torch.device, # where the model will run
               )->torch.dtype:
-    "bfloat16 where the hardware is faster in it, float32 elsewhere."
-    if device.type == "cuda": return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
-    return torch.bfloat16 if matmul_rate(torch.bfloat16) > 1.2*matmul_rate(torch.float32) else torch.float32
+    "bfloat16 where the hardware is faster in it, float32 elsewhere; threads that only stand in each other's way are given up."
+    kind, threads = probe(device)
+    torch.set_num_threads(threads)
+    return kind
+
+# %% ../nbs/00_core.ipynb #c60b94e7
+def no_room(e:BaseException # what was raised
+           )->bool:
+    "Did memory run out, on a GPU or on the CPU?"
+    return isinstance(e, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(e)
+
+def in_parts(items:list, # what is to be done
+             batch:int, # so many at once
+             work, # called with a part of the items
+            ): # yields (part, what `work` returned)
+    "Work through a list in batches; a batch that does not fit into memory is halved. Raises `DitError` when one item alone does not fit."
+    done = 0
+    while done < len(items):
+        part, full = items[done:done+batch], None
+        try: got = work(part)
+        except (RuntimeError, MemoryError) as e:
+            if not no_room(e): raise
+            if len(part) == 1: raise DitError("one row alone does not fit into memory; use a smaller base model, shorter texts or a machine with more memory.") from e
+            full = batch = len(part)//2
+        if full: free_memory(f"going on with {full} rows at once"); continue
+        yield part, got
+        done += len(part)
+
+# %% ../nbs/00_core.ipynb #4a7d20fe
+def give_back():
+    "Hand freed memory back to the operating system, where the C library can."
+    with contextlib.suppress(AttributeError, OSError, TypeError): ctypes.CDLL(None).malloc_trim(0)
+
+def free_memory(then:str # what happens now
+               ):
+    "Let go of what is held for later, and say that memory ran out."
+    give_back(); torch.cuda.empty_cache()
+    print(f"dit: out of memory, {then}", file=sys.stderr)
+
+def peak_memory()->float: # in GB; not a number where the system does not tell
+    "The most memory held so far: on the GPU where there is one, otherwise by the process."
+    if torch.cuda.is_available(): return torch.cuda.max_memory_allocated()/1e9
+    try: import resource
+    except ImportError: return math.nan
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss*(1 if sys.platform == "darwin" else 1024)/1e9
+
+def say_peak(what:str # the run
+            ):
+    "Print the most memory held so far."
+    print(f"dit: {what}, at most {peak_memory():.1f} GB of memory", file=sys.stderr)
 
 # %% ../nbs/00_core.ipynb #9b5c8475
 def git_commit()->str:

@@ -366,12 +366,14 @@ def train_diffs(base:Base, # the base model
         tell = rate_on(bar)
         while todo:
             try:
-                if mine := claims.take(todo, batch): save_shard(folder, train_batch(base, mine, rank, lr, tell=tell, teacher=teacher))
+                if mine := claims.take(todo, batch): save_shard(folder, train_batch(base, mine, rank, lr, tell=tell, teacher=teacher)); give_back()
                 else: time.sleep(1) # other processes have the rest in hand
-            except torch.OutOfMemoryError as e:
+            except (RuntimeError, MemoryError) as e:
+                if not no_room(e): raise
                 if batch == 1: raise DitError("one diff alone does not fit into memory; use a smaller base model or a machine with more memory.") from e
-                batch //= 2; torch.cuda.empty_cache(); print(f"dit: out of memory, going on with {batch} diffs at once", file=sys.stderr)
+                batch //= 2; free_memory(f"going on with {batch} diffs at once")
             left = untrained(folder, todo); bar.update(len(todo) - len(left)); todo = left
+        if bar.total: say_peak("training diffs")
     wanted = [t.diff_id for t in tasks]
     bank = load_bank(folder, base, lambda i: i.diff_id.isin(wanted))
     return bank.take(bank.index.reset_index().set_index("diff_id").loc[wanted, "index"].tolist())

@@ -309,10 +309,10 @@ def write(base:Base, # a base model
     "Write answers to many prompts, batched by length."
     ids, seeds, out = [token_ids(base, p) for p in prompts], seeds or list(range(len(prompts))), [None]*len(prompts)
     order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
-    for s in range(0, len(order), batch):
-        part = order[s:s+batch]
+    def work(part):
         u = uniforms([seeds[i] for i in part], max_new).to(base.device) if temperature > 0 else None
-        def choose_next(scores, rows, t): return next_token(scores, None if u is None else u[rows, t], temperature, top_k)
-        rows = write_batch(base, [ids[i] for i in part], max_new, choose_next, lambda rows: mount([part[k] for k in rows]))
+        choose_next = lambda scores, rows, t: next_token(scores, None if u is None else u[rows, t], temperature, top_k)
+        return write_batch(base, [ids[i] for i in part], max_new, choose_next, lambda rows: mount([part[k] for k in rows]))
+    for part, rows in in_parts(order, batch, work):
         for i, r in zip(part, rows): out[i] = base.tok.decode(r).strip()
     return out

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['examples', 'Adapter', 'mean_loss', 'batches', 'weakened', 'load_state', 'save_state', 'label_hash', 'history', 'seen',
-           'accelerator', 'run_facts', 'train_epoch', 'fit', 'train_adapter', 'packaged_adapter', 'by_split',
-           'tune_cli']
+           'accelerator', 'run_facts', 'train_epoch', 'fit', 'train_adapter', 'backward_part', 'packaged_adapter',
+           'by_split', 'tune_cli']
 
 # %% ../nbs/03_tune.ipynb #3e166b2e
 import contextlib, io, json, math
@@ -60,10 +60,9 @@ def mean_loss(adapter:Adapter, # the adapter
     "Mean loss over the examples of some banks."
     total = count = 0
     for bank, data in sets:
-        for i in range(0, len(data), batch):
-            part = data[i:i+batch]
-            base, = adapter.frozen
-            total += adapter(bank.rows([r for r, _ in part], base.device, base.dtype), [e for _, e in part]).item()*len(part); count += len(part)
+        base, = adapter.frozen
+        work = lambda part: adapter(bank.rows([r for r, _ in part], base.device, base.dtype), [e for _, e in part]).item()
+        for part, loss in in_parts(data, batch, work): total += loss*len(part); count += len(part)
     return total/max(1, count)
 
 # %% ../nbs/03_tune.ipynb #3b7b7edb
@@ -166,11 +165,11 @@ def train_epoch(acc:Accelerator, # devices and processes
     losses, (base,) = [], acc.unwrap_model(net).frozen
     for part in todo:
         mine = part[acc.process_index::acc.num_processes]
-        rows = mine or part[:1] # a process without a row of its own must still take part in the exchange
-        diffs = weakened(sets[rows[0][0]][0].rows([r for _, r, _, _ in rows], base.device, base.dtype), [s for *_, s in rows])
-        loss = net(diffs, [e for _, _, e, _ in rows])*(len(mine)*acc.num_processes/len(part))
-        acc.backward(loss); acc.clip_grad_norm_(net.parameters(), clip); opt.step(); sched.step(); opt.zero_grad()
-        losses.append(loss.detach())
+        rows, share = (mine, acc.num_processes/len(part)) if mine else (part[:1], 0.) # a process without a row of its own must still take part in the exchange
+        work = lambda some: backward_part(acc, net, base, sets[part[0][0]][0], some, share*len(some))
+        done = in_parts(rows, len(rows), work) if acc.num_processes == 1 else [(rows, work(rows))] # only a process alone may halve its batch
+        losses.append(sum(l for _, l in done))
+        acc.clip_grad_norm_(net.parameters(), clip); opt.step(); sched.step(); opt.zero_grad()
     return acc.reduce(torch.stack(losses), "mean").mean().item()
 
 # %% ../nbs/03_tune.ipynb #c6e1940f
@@ -218,10 +217,24 @@ def train_adapter(base:Base, # the base model
     with hold(folder) if acc.is_main_process else contextlib.nullcontext(), stoppable(f"the finished epochs are in {folder}; run the same again to go on."):
         acc.init_trackers("dit", {k: v if isinstance(v, (int, float, str)) else str(v) for k, v in facts.items()})
         best = fit(acc, adapter, *([(b, examples(base, b, q)) for q, b in bs.items()] for bs in (banks, val_banks)), folder, facts, clip)
-        if acc.is_main_process: write_json(folder/"dit.json", facts | dict(best_epoch=best, diff_norm=torch.cat([norms(b) for b in banks.values()]).mean().item(), provenance=provenance(**facts)))
+        if acc.is_main_process: say_peak("training the adapter"); write_json(folder/"dit.json", facts | dict(best_epoch=best, diff_norm=torch.cat([norms(b) for b in banks.values()]).mean().item(), provenance=provenance(**facts)))
     for tracker in acc.trackers: tracker.finish()
     acc.wait_for_everyone()
     return from_peft(folder, base)
+
+# %% ../nbs/03_tune.ipynb #e0b75c29
+def backward_part(acc:Accelerator, # devices and processes
+                  net, # the adapter, prepared by `acc`
+                  base:Base, # the base model
+                  bank:Bank, # of the batch
+                  part:list, # (set number, row, tokens, strength): the batch, or what fits of it
+                  weight:float, # of the part's mean loss
+                 )->torch.Tensor: # the weighted loss
+    "Add up the gradients of a batch, or of a part of it."
+    diffs = weakened(bank.rows([r for _, r, _, _ in part], base.device, base.dtype), [s for *_, s in part])
+    loss = net(diffs, [e for _, _, e, _ in part])*weight
+    acc.backward(loss)
+    return loss.detach()
 
 # %% ../nbs/03_tune.ipynb #9155f453
 def packaged_adapter(task:str, # hidden_topic or news
