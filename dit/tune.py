@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['examples', 'Adapter', 'mean_loss', 'batches', 'weakened', 'load_state', 'save_state', 'label_hash', 'history', 'seen',
-           'accelerator', 'run_facts', 'train_epoch', 'fit', 'train_adapter', 'backward_part', 'packaged_adapter',
+           'accelerator', 'run_facts', 'backward_part', 'train_epoch', 'fit', 'train_adapter', 'packaged_adapter',
            'by_split', 'tune_cli']
 
 # %% ../nbs/03_tune.ipynb #3e166b2e
@@ -152,6 +152,20 @@ def run_facts(base:Base, # the base model
     facts = dict(base=base.name, fingerprint=fingerprint(base), questions=list(banks), n_train=sum(map(len, banks.values())), **settings)
     return facts | dict(labels=label_hash(banks, val_banks)) | history(start)
 
+# %% ../nbs/03_tune.ipynb #e0b75c29
+def backward_part(acc:Accelerator, # devices and processes
+                  net, # the adapter, prepared by `acc`
+                  base:Base, # the base model
+                  bank:Bank, # of the batch
+                  part:list, # (set number, row, tokens, strength): the batch, or what fits of it
+                  weight:float, # of the part's mean loss
+                 )->torch.Tensor: # the weighted loss
+    "Add up the gradients of a batch, or of a part of it."
+    diffs = weakened(bank.rows([r for _, r, _, _ in part], base.device, base.dtype), [s for *_, s in part])
+    loss = net(diffs, [e for _, _, e, _ in part])*weight
+    acc.backward(loss)
+    return loss.detach()
+
 # %% ../nbs/03_tune.ipynb #cf824a47
 def train_epoch(acc:Accelerator, # devices and processes
                 net, # the adapter, prepared by `acc`
@@ -221,20 +235,6 @@ def train_adapter(base:Base, # the base model
     for tracker in acc.trackers: tracker.finish()
     acc.wait_for_everyone()
     return from_peft(folder, base)
-
-# %% ../nbs/03_tune.ipynb #e0b75c29
-def backward_part(acc:Accelerator, # devices and processes
-                  net, # the adapter, prepared by `acc`
-                  base:Base, # the base model
-                  bank:Bank, # of the batch
-                  part:list, # (set number, row, tokens, strength): the batch, or what fits of it
-                  weight:float, # of the part's mean loss
-                 )->torch.Tensor: # the weighted loss
-    "Add up the gradients of a batch, or of a part of it."
-    diffs = weakened(bank.rows([r for _, r, _, _ in part], base.device, base.dtype), [s for *_, s in part])
-    loss = net(diffs, [e for _, _, e, _ in part])*weight
-    acc.backward(loss)
-    return loss.detach()
 
 # %% ../nbs/03_tune.ipynb #9155f453
 def packaged_adapter(task:str, # hidden_topic or news
