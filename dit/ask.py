@@ -32,7 +32,7 @@ def on_disk(spec:str, # file, folder or hub id
     path = Path(spec).expanduser()
     if path.exists(): return path
     if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", spec): raise DitError(f"there is no file or folder {spec}; check the path.")
-    try: return Path(snapshot_download(spec, allow_patterns=["*.json", "*.safetensors"], ignore_patterns=["*/*"]))
+    try: return Path(snapshot_download(spec, allow_patterns=["*.json", "*.safetensors", "*.csv"], ignore_patterns=["*/*"]))
     except (OSError, ValueError) as e: raise DitError(f"{spec} is no file or folder here, and fetching it from the hub failed: {str(e).splitlines()[0]} Check the name and the network.") from e
 
 def inside(folder:Path, # where the index lies
