@@ -286,6 +286,7 @@ def ask(diff:str, # folder, file, hub id; with #row where there are many
     trained, usual = about.get("questions", []), about.get("diff_norm")
     if not (scale or usual): raise DitError(f"the adapter {adapter} does not say how large the diffs were that it was trained on; give the scale as a number.")
     if not facts["norm"]: raise DitError(f"{diff} changes nothing: the norm of its diff is 0; train it first.")
+    if not facts["norm"]: raise DitError(f"{diff} changes nothing: the norm of its diff is 0; train it first.")
     facts["scale"] = scale or usual/facts["norm"]
     question = question or (trained[0] if trained and TASKS[task] not in trained else TASKS[task])
     return interpret(base, replace(bank, scaling=bank.scaling*facts["scale"]), lora, question, samples, seed) | dict(base=base.name, diff=facts, adapter=dict(name=adapter, rank=lora.rank, questions=trained, diff_norm=usual), seed=seed)
