@@ -127,6 +127,27 @@ def test_answers_are_the_same(tiny, monkeypatch):
     monkeypatch.setattr(B, 'answer', lambda base, bank, rows, *args, **kwargs: normal(base, bank, rows[::-1], *args, **kwargs))
     assert asking_table(dict(float32=tiny), 2, 4, 2, 6, 1).note.tolist() == ['', '', 'not shown: its answers differ']
 
+# --- goals --------------------------------------------------------------------------------------------------------------------
+
+def timed(*lines): return B.pd.DataFrame([{'column': c, 'precision': p, 's per diff': s, 'from': .5*s if s else None, 'to': 2*s if s else None, 'tokens/s': 4e5, 'of matmul': .32} for c, p, s in lines])
+
+def test_goals_are_looked_up_in_the_tables_of_their_device(tmp_path):
+    diffs = timed(('a', 'float32', 60.), ('b', 'float32', 20.), ('e', 'float32', 10.), ('b', 'bfloat16', 8.), ('e', 'bfloat16', 5.))
+    save_tables({'training diffs': diffs, 'one diff more': timed(('8 diffs', 'float32', 1.), ('32 diffs', 'float32', .7), ('128 diffs', 'float32', .5))}, tmp_path/'m-cpu', {})
+    save_tables({'training diffs': diffs}, tmp_path/'m-cuda', {})
+    got = speed_table(tmp_path, 'm')
+    cpu, cuda = (got[got.device == d].set_index('what') for d in ('cpu', 'cuda'))
+    assert cpu.measured.iloc[0] == '12 (3 to 48)' and cpu.reached.iloc[0] == 'aim', 'ours in the best precision, against the Trainer in its own'
+    assert cpu.measured.iloc[1] == '1.6 (0.4 to 6.4)' and cpu.reached.iloc[1] == 'no'
+    assert cpu.measured['most diffs together, against fewest'].startswith('2 ') and (cpu.measured == 'not yet measured').sum() == 4
+    assert cuda.measured['thousands of tokens a second'].startswith('400 ') and cuda.measured.iloc[3].startswith('32 ') and list(cuda.reached) == ['no', '', 'no', 'must', '']
+
+def test_what_got_no_number_reaches_no_goal(tmp_path):
+    refused = timed(('a', 'float32', 60.), ('e', 'float32', 10.), ('e', 'bfloat16', None))
+    assert B.reached({'training diffs': refused}, next(GOALS.itertuples()))[0] == 6., 'bfloat16 was refused, so float32 counts'
+    assert B.reached({'training diffs': refused[1:]}, next(GOALS.itertuples())) == [] == B.reached({'training diffs': refused.drop(columns='s per diff')}, next(GOALS.itertuples()))
+    assert (speed_table(tmp_path, 'nothing here').measured == 'not yet measured').all()
+
 # --- the clock ----------------------------------------------------------------------------------------------------------------
 
 def test_columns_run_in_turn_and_a_failed_one_once():
