@@ -82,6 +82,7 @@ Second sentence: {answer}
 
 Reply with the grade alone, a single digit from 1 to 5."""}
 
+# %% ../nbs/04_llm.ipynb #35ae804c
 def read_grade(text:str, # a judge's reply
               )->int|None: # 1 to 5
     "The grade of a reply that is a grade and nothing else."
@@ -125,6 +126,7 @@ Reply with that news alone, in one sentence that could stand as its headline: sh
 
 Reply with its news alone, in one sentence that could stand as its headline: short, in the present tense, with the names, places and numbers that matter."""}
 
+# %% ../nbs/04_llm.ipynb #1e64a0a0
 def guess_prompt(pairs:list, # (question, answer) of one model
                  task:str, # hidden_topic or news
                 )->str:
@@ -132,6 +134,7 @@ def guess_prompt(pairs:list, # (question, answer) of one model
     if task == "news" and len(pairs) == 1 and pairs[0][0] == STORY_PROMPT: return GUESS["story"].format(pairs=pairs[0][1])
     return GUESS[task].format(pairs="\n".join(f"Q{i}: {q}\nA{i}: {a}" for i, (q, a) in enumerate(pairs, 1)))
 
+# %% ../nbs/04_llm.ipynb #82c916d8
 def read_guess(text:str, # a guesser's reply
               )->str|None:
     "The first line of a reply, without what wraps it."
@@ -215,10 +218,12 @@ class Talk:
     @property
     def open(self): return self.answer is None and not self.missing
 
+# %% ../nbs/04_llm.ipynb #0a664022
 def turn_of(message)->tuple: # the text or the tool calls, or None; why it is missing or ""
     "What an agent's turn holds."
     return value_of(message, lambda text: text or message.get("tool_calls"))
 
+# %% ../nbs/04_llm.ipynb #7e26efd3
 @patch
 def hear(self:Talk, message, # a turn of the agent, or a `Lost`
         ):
@@ -245,6 +250,7 @@ def diff_hash(bank:Bank, # diffs
         for t in (one.A[n], one.B[n]): h.update(n.encode() + t[0].detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
     return h.hexdigest()[:16]
 
+# %% ../nbs/04_llm.ipynb #e747b44e
 def put_queries(base:Base, # the base model
                 bank:Bank, # diffs
                 talks:list, # conversations
@@ -273,6 +279,7 @@ def agent_cost(endpoint:Endpoint, # who plays the agent
     tokens_in, tokens_out = n*((queries + 1)*400 + 200*queries*(queries + 1)//2), n*(queries + 1)*60
     return dict(requests=n*(queries + 1), tokens_in=tokens_in, tokens_out=tokens_out, price=round(endpoint.money(tokens_in, tokens_out), 4))
 
+# %% ../nbs/04_llm.ipynb #6925eb07
 def agent(endpoint:Endpoint, # who plays the agent: a model that calls tools
           base:Base, # the base model
           bank:Bank, # diffs

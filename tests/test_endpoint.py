@@ -29,13 +29,13 @@ def served(tmp_path_factory):
     cmd = [Path(sys.executable).parent/'transformers', 'serve', model, '--host', '127.0.0.1', '--port', str(port), '--device', 'cpu', '--dtype', 'float32']
     with open(log, 'wb') as f: p = subprocess.Popen(cmd, stdout=f, stderr=subprocess.STDOUT)
     try:
-        end = time.monotonic() + 120
+        end = time.monotonic() + 300
         while True:
             try: urllib.request.urlopen(f'http://127.0.0.1:{port}/health', timeout=1).close(); break
             except OSError: time.sleep(.1)
             assert p.poll() is None and time.monotonic() < end, f'transformers serve did not start: {log.read_text()[-800:]}'
         yield f'http://127.0.0.1:{port}/v1', model
-    finally: p.terminate(); p.wait(20)
+    finally: p.kill(); p.wait()
 
 @pytest.fixture
 def proxy(served, server):
@@ -69,7 +69,7 @@ def test_writer_judge_guesser_and_agent_with_a_served_model(proxy, served, tiny,
 
 def test_faults_before_a_served_model(proxy, served, tmp_path, capfd):
     e = endpoint(proxy, tmp_path/'c.jsonl', served[1], max_tokens=8)
-    e.client = e.client.with_options(timeout=20)
+    e.client = e.client.with_options(timeout=100)
     e.client._calculate_retry_timeout = lambda *a, **k: .01
     plain = ask(e, 'Say hello.', temperature=0.)
     proxy.faults = [429, 500, 'cut', 503]
@@ -88,8 +88,8 @@ def test_faults_before_a_served_model(proxy, served, tmp_path, capfd):
 def test_a_stalled_reply_is_asked_for_again(server, tmp_path):
     server.faults = ['stall']
     e = endpoint(server, tmp_path/'c.jsonl')
-    e.client = e.client.with_options(timeout=.3)
-    assert ask(e) == 'reply to hello' and len(server.seen) == 2
+    e.client = e.client.with_options(timeout=1)
+    assert ask(e) == 'reply to hello' and len(server.seen) >= 2
     server.faults = ['stall']*9
     e.client = e.client.with_options(max_retries=1)
     with pytest.raises(Lost, match='does not answer'): ask(e, 'more')
@@ -144,7 +144,7 @@ def test_a_model_that_takes_neither_temperature_nor_max_tokens(server, tmp_path,
     server.content, e = picky, endpoint(server, tmp_path/'c.jsonl', parallel=8)
     got = e.replies([e.request(user(f'q{i}'), 0.) for i in range(16)])
     assert [said(m) for m in got] == [f'reply to q{i}' for i in range(16)] and e.sent == 16
-    assert all(r.get('max_completion_tokens') == 2000 for r in server.seen[-4:])
+    assert sum(r.get('max_completion_tokens') == 2000 and 'temperature' not in r for r in server.seen) == 16, 'each was answered once, without either'
     assert capfd.readouterr().out.count('asking without it') == 2
 
 @pytest.mark.parametrize('text', ['Grüße 🦊', 'half a pair: \ud83d', '\u2028 line', '"quoted"\n{"key": 1}'])
@@ -156,12 +156,12 @@ def test_any_reply_is_kept(server, tmp_path, text):
 ASKING = "import sys; from dit.endpoint import Endpoint; e = Endpoint(sys.argv[1], 'm', sys.argv[2], 'none', parallel=2); e.replies([e.request([dict(role='user', content=f'q{i}')]) for i in range(60)])"
 
 def test_a_killed_run_has_paid_for_nothing_twice(server, tmp_path):
-    server.content = lambda request, n: (time.sleep(.02), completion(request))[1]
-    path = tmp_path/'c.jsonl'
+    killed, path = threading.Event(), tmp_path/'c.jsonl'
+    server.content = lambda request, n: (n <= 20 or killed.wait(120), completion(request))[1] # beyond twenty, none is answered before the kill
     p = subprocess.Popen([sys.executable, '-c', ASKING, path, server.url])
     while len(server.seen) < 20 and p.poll() is None: time.sleep(.005)
-    p.kill(); p.wait()
-    assert 20 <= len(server.seen) < 60
+    p.kill(); p.wait(); killed.set()
+    assert 20 <= len(server.seen) <= 22
     e = endpoint(server, path); e.replies([e.request(user(f'q{i}')) for i in range(60)])
     assert len(e.cache.data) == 60 and len(server.seen) <= 62, 'at most the two requests under way were made again'
 
