@@ -292,10 +292,12 @@ def ask(diff:str, # folder, file, hub id; with #row where there are many
     if min(samples, rank, scale) < 0: raise DitError("samples, rank and scale cannot be negative.")
     base = base if isinstance(base, Base) else load_base(base)
     bank, facts = open_diff(diff, base, rank)
+    if facts.get("made_for") == base.model.name_or_path: facts["made_for"] = base.name
     adapter = adapter or default_adapter(base, task)
     lora, about = open_adapter(adapter, base)
     trained, usual = about.get("questions", []), about.get("diff_norm")
     if not (scale or usual): raise DitError(f"the adapter {adapter} does not say how large the diffs were that it was trained on; give the scale as a number.")
+    if not facts["norm"]: raise DitError(f"{diff} changes nothing: the norm of its diff is 0; train it first.")
     if not facts["norm"]: raise DitError(f"{diff} changes nothing: the norm of its diff is 0; train it first.")
     facts["scale"] = scale or usual/facts["norm"]
     question = question or (trained[0] if trained and TASKS[task] not in trained else TASKS[task])
