@@ -281,6 +281,7 @@ def ask(diff:str, # folder, file, hub id; with #row where there are many
     if min(samples, rank, scale) < 0: raise DitError("samples, rank and scale cannot be negative.")
     base = base if isinstance(base, Base) else load_base(base)
     bank, facts = open_diff(diff, base, rank)
+    if facts.get("made_for") == base.model.name_or_path: facts["made_for"] = base.name
     adapter = adapter or default_adapter(base, task)
     lora, about = open_adapter(adapter, base)
     trained, usual = about.get("questions", []), about.get("diff_norm")
