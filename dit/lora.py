@@ -326,7 +326,9 @@ def load_bank(folder, # bank folder
         if not (Path(folder)/shard).is_file() or sha256_of(Path(folder)/shard)[:16] != part.sha256.iloc[0]:
             raise DitError(f"{Path(folder)/shard} is missing or damaged; put back a copy, or delete its lines from index.csv and train those diffs again.")
         with reading(Path(folder)/shard), safe_open(Path(folder)/shard, "pt") as f: parts.append({k: f.get_tensor(k)[part.position.tolist()] for k in f.keys()}); lines.append(part)
-    with reading(folder): both, index = {k: torch.cat([p[k] for p in parts]) for k in parts[0]}, pd.concat(lines)
+    with reading(folder):
+        if len({t.dtype for p in parts for t in p.values()}) > 1: raise ValueError("its weights are of several types")
+        both, index = {k: torch.cat([p[k] for p in parts]) for k in parts[0]}, pd.concat(lines)
     A, B = ({k[:-2]: v for k, v in both.items() if k.endswith("." + x)} for x in "AB")
     check_fit(A, B, base, str(folder))
     return Bank(A, B, facts["scaling"], index.reset_index(drop=True))
