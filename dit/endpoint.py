@@ -7,7 +7,7 @@ __all__ = ['Lines', 'said', 'read_call', 'read_reply', 'local_server', 'Lost', '
            'complaint']
 
 # %% ../nbs/00_endpoint.ipynb #78a900f6
-import contextlib, http.server, json, math, os, re, threading
+import contextlib, http.server, json, math, os, re, sys, threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -22,9 +22,11 @@ class Lines:
     def __init__(self, path): # file; made on the first write
         self.path, self.lock, self.data = Path(path), threading.Lock(), {}
         with reading(self.path): lines = self.path.read_bytes().split(b"\n") if self.path.exists() else []
-        for line in lines:
+        torn = 0
+        for line in filter(None, lines):
             try: row = json.loads(line); self.data[row["key"]] = row["value"]
-            except (ValueError, KeyError, TypeError, RecursionError): continue # a torn line
+            except (ValueError, KeyError, TypeError, RecursionError): torn += 1
+        if torn: print(f"dit: {torn} of {len(lines)} lines of {path} are torn or damaged and left out", file=sys.stderr)
     def __contains__(self, key): return key in self.data
     def __getitem__(self, key): return self.data[key]
     def __setitem__(self, key, value):

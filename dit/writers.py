@@ -222,5 +222,5 @@ def load_texts(writer, # an `OfflineWriter` or `EndpointWriter`
                 if texts: kept[label] = texts
             if none := [l for l, texts in got.items() if not texts]: raise DitError(f"the writer found no usable text for {none[0]!r}; raise `rounds`, or use another writer or base model.")
         for r in rows.label:
-            if not (isinstance(kept[r], list) and all(isinstance(t, str) and t.strip() for t in kept[r])): raise DitError(f"{path} is damaged: what it keeps for {r!r} is no list of texts; delete that line and run again.")
+            if not (isinstance(kept[r], list) and all(isinstance(t, str) and t.strip() and not re.search("[\ud800-\udfff]", t) for t in kept[r])): raise DitError(f"{path} is damaged: what it keeps for {r!r} is no list of texts; delete that line and run again.")
     return {r: kept[r] for r in rows.label}
