@@ -6,7 +6,7 @@
 __all__ = ['WRAPPERS', 'COLUMN_TYPES', 'low_rank', 'linears', 'hook', 'mount', 'mounted', 'tiny_model', 'TinyTok', 'tiny_base',
            'damaged', 'check_shard', 'layout', 'map_shard', 'Shelf', 'Bank', 'random_bank', 'norms', 'Worn', 'answer',
            'to_peft', 'module_scaling', 'one_row', 'renamer', 'read_peft', 'refuse', 'from_peft', 'check_fit',
-           'merge_peft', 'bank_facts', 'open_bank', 'read_index', 'save_shard']
+           'merge_peft', 'bank_facts', 'open_bank', 'read_index', 'save_shard', 'shard_files', 'load_bank']
 
 # %% ../nbs/02_lora.ipynb #9ab8e536
 import contextlib, functools, json, math, re
@@ -432,32 +432,8 @@ def load_bank(folder, # bank folder
     open_bank(folder, base)
     index = index if where is None else index[where(index)]
     if index.empty: raise DitError(f"the bank {folder} holds no diff that was asked for; its index has {len(read_index(folder))} rows.")
-<<<<<<< /tmp/tmpjx1_yf95/o
     files, at = shard_files(folder, index), np.stack([pd.factorize(index.shard)[0], index.position], 1)
     bank = Bank(Shelf(files, at, "A"), Shelf(files, at, "B"), facts["scaling"], index.reset_index(drop=True))
+    if len({kind for ts in (bank.A, bank.B) for kind, _ in ts.sizes.values()}) > 1: raise DitError(f"{folder} is damaged (its weights are of several types); put back a copy.")
     check_fit(*(ts.take([0]).read() for ts in (bank.A, bank.B)), base, str(folder))
     return bank
-
-||||||| /tmp/tmpjx1_yf95/b
-    parts, lines = [], []
-    for shard, part in index.groupby("shard", sort=False):
-        if not (Path(folder)/shard).is_file() or sha256_of(Path(folder)/shard)[:16] != part.sha256.iloc[0]:
-            raise DitError(f"{Path(folder)/shard} is missing or damaged; put back a copy, or delete its lines from index.csv and train those diffs again.")
-        with reading(Path(folder)/shard), safe_open(Path(folder)/shard, "pt") as f: parts.append({k: f.get_tensor(k)[part.position.tolist()] for k in f.keys()}); lines.append(part)
-    with reading(folder): both, index = {k: torch.cat([p[k] for p in parts]) for k in parts[0]}, pd.concat(lines)
-    A, B = ({k[:-2]: v for k, v in both.items() if k.endswith("." + x)} for x in "AB")
-    check_fit(A, B, base, str(folder))
-    return Bank(A, B, facts["scaling"], index.reset_index(drop=True))
-=======
-    parts, lines = [], []
-    for shard, part in index.groupby("shard", sort=False):
-        if not (Path(folder)/shard).is_file() or sha256_of(Path(folder)/shard)[:16] != part.sha256.iloc[0]:
-            raise DitError(f"{Path(folder)/shard} is missing or damaged; put back a copy, or delete its lines from index.csv and train those diffs again.")
-        with reading(Path(folder)/shard), safe_open(Path(folder)/shard, "pt") as f: parts.append({k: f.get_tensor(k)[part.position.tolist()] for k in f.keys()}); lines.append(part)
-    with reading(folder):
-        if len({t.dtype for p in parts for t in p.values()}) > 1: raise ValueError("its weights are of several types")
-        both, index = {k: torch.cat([p[k] for p in parts]) for k in parts[0]}, pd.concat(lines)
-    A, B = ({k[:-2]: v for k, v in both.items() if k.endswith("." + x)} for x in "AB")
-    check_fit(A, B, base, str(folder))
-    return Bank(A, B, facts["scaling"], index.reset_index(drop=True))
->>>>>>> /tmp/tmpjx1_yf95/t
