@@ -6,7 +6,12 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from dit.core import DitError, sha256_of
 from dit.lora import *
+<<<<<<< HEAD
 from helpers import copy_of, finish, model_of, on_full_disk, start
+=======
+from dit.models import prompt_text, token_ids
+from helpers import copy_of, model_of, on_full_disk
+>>>>>>> wtB
 import jobs
 
 torch.manual_seed(0)
@@ -32,7 +37,7 @@ def test_same_logits_as_peft(kind, rank, tmp_path):
         assert (ours[i:i+1] - theirs).abs().max() < 1e-4
         assert (theirs - logits(base, x=X[i:i+1])).abs().max() > .05, 'the diff does nothing, so the comparison says nothing'
 
-@pytest.mark.parametrize('kind', ['llama', 'gemma3', 'gpt2', 'moe'])
+@pytest.mark.parametrize('kind', ['llama', 'qwen3', 'gemma3', 'gpt2', 'moe'])
 def test_diff_and_adapter_as_two_adapters_of_peft(kind, tmp_path):
     base = model_of(kind)
     diffs, adapter = random_bank(base, 3, 1, seed=1), random_bank(base, 1, 4, scaling=.5, seed=2)
@@ -44,7 +49,22 @@ def test_diff_and_adapter_as_two_adapters_of_peft(kind, tmp_path):
         assert (ours[place] - peft_logits(net, X[place:place+1])[0]).abs().max() < 1e-4
     assert (ours - logits(base, diffs.rows([2, 0, 1]))).abs().max() > .05
 
-@pytest.mark.parametrize('kind', ['llama', 'gpt2', 'moe'])
+@pytest.mark.parametrize('kind', ['llama', 'qwen3', 'gemma3', 'gpt2', 'moe'])
+def test_the_same_answer_from_peft_stacked_and_merged(kind, tmp_path):
+    base, users = model_of(kind), ['What is it?', 'hm', 'why, then?', 'Topic']
+    diffs, adapter = random_bank(base, 2, 4, seed=1), random_bank(base, 1, 2, seed=2)
+    def ours(row, adapter): return answer(base, diffs, [row]*len(users), users, adapter, max_new=12)
+    stacked = peft.PeftModel.from_pretrained(copy_of(base), to_peft(diffs, 1, tmp_path/'d', base), adapter_name='diff')
+    stacked.load_adapter(to_peft(adapter, 0, tmp_path/'a', base), 'adapter'); stacked.base_model.set_adapter(['diff', 'adapter'])
+    merged = peft.PeftModel.from_pretrained(copy_of(base), merge_peft(diffs.take([1]), adapter, tmp_path/'m', base))
+    def theirs(net, user):
+        x = torch.tensor([token_ids(base, prompt_text(base, user))])
+        said = net.generate(input_ids=x, attention_mask=torch.ones_like(x), max_new_tokens=12, do_sample=False, eos_token_id=base.eot, pad_token_id=0)[0, x.shape[1]:].tolist()
+        return base.tok.decode([i for i in said if i not in base.eot]).strip()
+    assert [theirs(stacked, u) for u in users] == [theirs(merged, u) for u in users] == ours(1, adapter)
+    assert ours(1, adapter) != ours(1, None) and ours(1, adapter) != ours(0, adapter), 'diff or adapter does nothing, so the comparison says nothing'
+
+@pytest.mark.parametrize('kind', ['llama', 'qwen3', 'gemma3', 'gpt2', 'moe'])
 def test_diff_and_adapter_merged_into_one_adapter_of_peft(kind, tmp_path):
     base = model_of(kind)
     diff, adapter = random_bank(base, 1, 3, scaling=.7, seed=1), random_bank(base, 1, 4, scaling=.5, seed=2)
