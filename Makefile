@@ -18,7 +18,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
-.PHONY: help demo figures reproduce bench test lab sync check readme
+.PHONY: help demo figures reproduce bench soak licences test lab sync check readme
 
 VENV := .venv
 PY := $(VENV)/bin/python
@@ -37,6 +37,8 @@ help:
 	@echo 'make reproduce  train and evaluate whatever nbs/configs/ names and is not there yet (hours on a CPU; stop and start it as you like)'
 	@echo 'make bench      time training and asking beside what one would run instead, on this machine (ten minutes on two idle cores)'
 	@echo 'make test       check that notebooks are clean and dit/ is in sync, run every notebook and every test'
+	@echo 'make soak       the long tests: 20 kills in every stage, a fault at every operation on files, 2,000 diffs, a bank of 100,000 rows'
+	@echo 'make licences   write results/licences.csv: the licence of every package that is installed'
 	@echo 'make lab        open the notebooks in JupyterLab'
 	@echo 'make sync       export nbs/ to dit/ and clean the notebooks: do this before you commit'
 	@echo 'make readme     build README.md from nbs/index.ipynb'
@@ -111,6 +113,12 @@ test: check $(VENV)/.models
 	@$(RUN) nbdev_test --n_workers 1 --timing
 	@echo '== Tests: pytest'
 	@$(RUN) python -m pytest -q tests
+
+soak: $(VENV)/.models
+	@$(RUN) DIT_SOAK=1 python -m pytest -q -s tests/test_robust.py tests/soak.py
+
+licences: $(VENV)/.installed
+	@$(RUN) python tests/licences.py results/licences.csv
 
 lab: $(VENV)/.models
 	@$(RUN) jupyter lab $(LAB_ARGS) nbs

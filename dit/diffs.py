@@ -317,7 +317,7 @@ class Claims:
         self.mine = self.folder/f"{uuid.uuid4().hex}.json"; self.alive = FileLock(self.mine.with_suffix(".lock"))
 
     def __enter__(self):
-        with turn(self.bank/"index"), writing(self.folder): self.folder.mkdir(exist_ok=True); sweep(self.folder); self.alive.acquire() # nobody may look whether we are alive meanwhile
+        with turn(self.bank/"index"), writing(self.folder): self.folder.mkdir(exist_ok=True); sweep(self.folder); self.alive.acquire(); self.others() # nobody may look whether we are alive meanwhile
         return self
 
     def __exit__(self, *_):

@@ -60,7 +60,7 @@ def toy_tasks(n, steps=4, split='train', first=0):
 # --- work in another process: the fork server has imported everything, has computed nothing, and so starts a child at once --------
 
 _ctx = multiprocessing.get_context('forkserver')
-_ctx.set_forkserver_preload(['dit.tune', 'helpers', 'jobs', 'transformers.models.llama.modeling_llama', 'peft'])
+_ctx.set_forkserver_preload(['dit.tune', 'dit.eval', 'openai', 'helpers', 'jobs', 'transformers.models.llama.modeling_llama', 'peft'])
 
 def start(job, *args):
     "Start a function of `jobs` in a process of its own"

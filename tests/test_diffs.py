@@ -1,5 +1,5 @@
 "Batched training: every diff as if it were alone, and a bank that survives being killed"
-import time
+import multiprocessing, time
 from pathlib import Path
 
 import pytest, torch, transformers
@@ -299,16 +299,18 @@ def test_killed_at_any_moment_and_started_again(tiny, tmp_path):
     assert content(folder) == content(tmp_path/'whole'), 'the same files, byte by byte'
 
 def test_two_processes_share_one_bank(tiny, tmp_path):
-    "Each diff once, by whoever comes first; the third process goes on where a killed one was"
-    ps = [start(jobs.diffs, tmp_path/'shared', 12, 12) for _ in range(2)]
-    first = start(jobs.diffs, tmp_path/'shared', 12, 12)
-    kill_when(first, lambda: len(list((tmp_path/'shared'/'.claims').glob('*.json'))) > 2)
-    for p in ps: finish(p)
-    finish(start(jobs.diffs, tmp_path/'alone', 12, 12))
-    index = whole(tmp_path/'shared')
-    assert index.diff_id.is_unique and len(index) == 12
-    got, want = (load_bank(tmp_path/n, tiny) for n in ('shared', 'alone'))
+    "Three begin, all with diffs in hand; one is killed, and the others train what it left and nothing twice"
+    everyone, log, folder = multiprocessing.get_context('forkserver').Barrier(3), tmp_path/'log', tmp_path/'shared'
+    ps = [start(jobs.sharing, folder, log, everyone, 12, i == 2) for i in range(3)]
+    kill_when(ps[2], lambda: log.exists() and len({l.split()[0] for l in log.read_text().splitlines()}) == 3 and everyone.n_waiting == 0)
+    assert ps[2].exitcode == -9, 'the kill did not happen'
+    for p in ps[:2]: finish(p)
+    finish(start(jobs.diffs, tmp_path/'alone', 12, 3))
+    by = {p.pid: [l.split()[1] for l in log.read_text().splitlines() if l.split()[0] == str(p.pid)] for p in ps}
+    index, lost = whole(folder), by[ps[2].pid]
+    assert len(lost) == 2 and all(len(by[p.pid]) >= 2 for p in ps[:2]), 'both that were left have worked'
+    assert sorted(by[ps[0].pid] + by[ps[1].pid]) == sorted(index.diff_id) and index.diff_id.is_unique and len(index) == 12, 'nothing twice, nothing lost'
+    got, want = load_bank(folder, tiny), load_bank(tmp_path/'alone', tiny)
     order = [got.index.diff_id.tolist().index(d) for d in want.index.diff_id]
     assert (flatten(got)[order] - flatten(want)).abs().max() < 1e-4
-    train_diffs(tiny, toy_tasks(12, 12), tmp_path/'shared', rank=2)
-    assert not list((tmp_path/'shared'/'.claims').glob('*.json'))
+    assert not list((folder/'.claims').iterdir())

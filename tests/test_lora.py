@@ -6,12 +6,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from dit.core import DitError, sha256_of
 from dit.lora import *
-<<<<<<< HEAD
-from helpers import copy_of, finish, model_of, on_full_disk, start
-=======
 from dit.models import prompt_text, token_ids
-from helpers import copy_of, model_of, on_full_disk
->>>>>>> wtB
+from helpers import copy_of, finish, model_of, on_full_disk, start
 import jobs
 
 torch.manual_seed(0)

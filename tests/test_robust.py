@@ -1,14 +1,16 @@
 "Nothing is lost, nothing unsafe is run, nothing fails silently"
-import contextlib, json, os, random, resource, shutil, signal
+import contextlib, errno, json, multiprocessing, os, random, resource, shutil, signal, time
 from pathlib import Path
 
 import pandas as pd, pytest, torch
 from hypothesis import given, settings, strategies as st
 from dit.core import *
 from dit.core import plain
-from dit.lora import load_bank
-from helpers import COUNTS
-import strangers
+from dit.eval import add_guesses, ask_all, grade, save_results
+from dit.llm import LLMGuesser, LLMJudge
+from dit.writers import EndpointWriter, load_texts
+from helpers import COUNTS, completion, endpoint, finish, no_key, start
+import jobs, strangers
 
 @contextlib.contextmanager
 def at_most(seconds):
@@ -20,6 +22,7 @@ def at_most(seconds):
 
 # --- files from strangers -----------------------------------------------------------------------------------------------------
 
+LONG = bool(os.environ.get('DIT_SOAK')) # set by `make soak`: 20 kills a stage and every operation on files, here a sample of both
 CASES = list(strangers.cases())
 
 @pytest.fixture(scope='module')
@@ -56,3 +59,120 @@ def test_broken_files(reader, damage, good, tiny, tmp_path):
     shutil.copytree(good/reader, tmp_path/'x')
     damage(tmp_path/'x', tiny)
     COUNTS['broken inputs refused' if refused(reader, tmp_path/'x', tiny) else 'broken inputs read all the same'] += 1
+
+@settings(max_examples=40)
+@given(st.lists(st.text(max_size=20), min_size=1, max_size=5))
+def test_any_text_goes_through_a_table(tmp_path_factory, texts):
+    path = tmp_path_factory.mktemp('t')/'a.csv'
+    write_csv(path, pd.DataFrame(dict(label=texts, n=range(len(texts)))))
+    back = from_cells(pd.read_csv(path, dtype=dict(label=str), keep_default_na=False))
+    assert back.label.tolist() == [t.encode('utf-8', 'backslashreplace').decode() for t in texts]
+
+@pytest.mark.parametrize('text', strangers.ODD)
+def test_text_is_data_wherever_it_goes(text, tmp_path):
+    frame = pd.DataFrame(dict(label=[text]))
+    write_csv(tmp_path/'a.csv', frame)
+    cell = pd.read_csv(tmp_path/'a.csv', dtype=str, keep_default_na=False).label[0]
+    assert cell[:1] not in ('=', '+', '-', '@', '\t', '\r') and from_cells(frame.assign(label=cell)).label[0] == text
+    assert '<script' not in frame._repr_html_(), 'HTML in a notebook'
+    assert not set(plain(text)) & {'\x1b', '\x07', '\u202e', '\r'} and '\x1b' not in str(DitError(text))
+
+# --- killed ---------------------------------------------------------------------------------------------------------------------
+
+def content(folder):
+    "What a run left, but for dates"
+    out = {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob('*')) if p.is_file() and not p.name.startswith('.') and '.claims' not in p.parts and p.name != 'replies.jsonl'}
+    for name in [n for n in out if n.endswith('.json')]: out[name] = {k: v for k, v in json.loads(out[name]).items() if k not in ('provenance', 'date', 'params')}
+    return {n: c for n, c in out.items() if n != 'checkpoint.pt'}
+
+def litter(folder): return [p for p in folder.rglob('*.tmp')] + [p for p in folder.rglob('.claims/*')]
+
+def paid_server(server):
+    server.content = lambda request, n: completion(request, '3' if 'Grade how' in str(request) or 'sum up' in str(request) else f"a story of {len(str(request))}")
+    return server
+
+STAGES = dict(write=(jobs.stage_write, False), pay=(jobs.stage_pay, True), diffs=(jobs.stage_diffs, False), adapter=(jobs.stage_adapter, False), evaluation=(jobs.stage_eval, True))
+
+@pytest.mark.parametrize('stage', STAGES)
+def test_killed_at_random_moments(stage, server, tmp_path, kills=20 if LONG else 5):
+    "Killed again and again, and started again: the same files; twice only what was in hand"
+    job, paying = STAGES[stage]
+    url, r = [paid_server(server).url] if paying else [], random.Random(stage)
+    log, folder = tmp_path/'log', tmp_path/'run'
+    finish(start(job, tmp_path/'warm', tmp_path/'log', *url)); server.seen.clear(); log.unlink(missing_ok=True) # the fork server is up
+    began = time.monotonic(); finish(start(job, tmp_path/'whole', tmp_path/'log whole', *url)); span = time.monotonic() - began
+    once = len(server.seen) if paying else len((tmp_path/'log whole').read_text().split('\n')) - 1
+    want, killed, runs = content(tmp_path/'whole'), 0, 0
+    assert once > 2 and want
+    for _ in range(300):
+        p, moment = start(job, folder, log, *url), r.uniform(0, span)
+        p.join(moment)
+        if p.is_alive(): os.kill(p.pid, signal.SIGKILL)
+        p.join()
+        if p.exitcode == -signal.SIGKILL: killed += 1; [json.loads(f.read_bytes()) for f in folder.rglob('*.json') if not f.name.startswith('.') and '.claims' not in f.parts]
+        else:
+            assert p.exitcode == 0 and content(folder) == want; runs += 1
+            if killed >= kills: break
+            shutil.rmtree(folder)
+    assert killed >= kills and not litter(folder)
+    begun = len(server.seen) - once if paying else len(log.read_text().splitlines())
+    assert begun <= runs*once + 2*killed, 'more was done twice than was in hand'
+    if not paying: assert 'AGAIN' not in log.read_text(), 'what was in the bank was trained again'
+    COUNTS['kills survived'] += killed
+
+@pytest.mark.parametrize('stage', STAGES)
+def test_a_fault_at_every_operation_on_files(stage, server, tmp_path):
+    "No space, no permission, or killed, in turn, at the k-th operation, for every k: an error of one line, and the next run ends as it should"
+    job, paying = STAGES[stage]
+    url = [paid_server(server).url] if paying else []
+    count = multiprocessing.get_context('forkserver').Value('i', 0)
+    finish(start(job, tmp_path/'whole', tmp_path/'log', *url))
+    want = content(tmp_path/'whole')
+    p = start(jobs.faulty, tmp_path/'counted', -1, 0, count, job, tmp_path/'counted', tmp_path/'log', *url); finish(p)
+    n, step = count.value, 1 if LONG else max(1, count.value//6)
+    assert n > 5
+    for k in range(1, n + 1, step):
+        folder, how = tmp_path/f'{k}', (errno.ENOSPC, 0, errno.EACCES)[k % 3]
+        p = start(jobs.faulty, folder, k, how, count, job, folder, tmp_path/'log', *url); p.join(120)
+        assert p.exitcode in ((-9, 0) if how == 0 else (0,)), f'operation {k}: the process ended with {p.exitcode}'
+        if k % 2 or how == 0: finish(start(job, folder, tmp_path/'log', *url)); assert content(folder) == want and not litter(folder), k
+        COUNTS['faults injected'] += 1
+
+# --- stopped, and two at once -------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize('stage', ['diffs', 'adapter'])
+@pytest.mark.parametrize('sign, code', [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_stopped_by_a_signal(stage, sign, code, tmp_path):
+    job, log = STAGES[stage][0], tmp_path/'log'
+    p = start(jobs.stopped, tmp_path/'said', job, tmp_path/'run', log)
+    while p.is_alive() and not (log.exists() and len(log.read_text().splitlines()) > 2): time.sleep(.002)
+    os.kill(p.pid, sign); p.join(60)
+    assert p.exitcode in (code, 0), p.exitcode
+    if p.exitcode: assert 'run the same again to go on' in (tmp_path/'said').read_text(); COUNTS['signals obeyed'] += 1
+    finish(start(job, tmp_path/'run', log)); finish(start(job, tmp_path/'whole', log))
+    assert content(tmp_path/'run') == content(tmp_path/'whole') and not litter(tmp_path/'run')
+
+def test_one_run_in_a_folder(tmp_path):
+    "The second is told who is there; what a dead process held is taken over"
+    begun = multiprocessing.get_context('forkserver').Event()
+    p = start(jobs.held, tmp_path, begun); assert begun.wait(60)
+    with pytest.raises(DitError, match=f'in use by process {p.pid} on .* since 20'): jobs.adapter(tmp_path)
+    p.kill(); p.join()
+    jobs.adapter(tmp_path, epochs=1)
+    assert (tmp_path/'dit.json').exists() and not (tmp_path/'.running.json').exists()
+
+# --- the key of an endpoint -----------------------------------------------------------------------------------------------------------
+
+def test_the_key_is_in_nothing_that_a_run_leaves(server, tiny, tmp_path, capfd):
+    "Writer, judge and guesser against a server that answers, refuses and breaks off, then everything that was written or shown"
+    errors, ask = [], lambda e: load_texts(EndpointWriter(e, n=3), jobs.rows(2), 'news', tmp_path/'text.jsonl')
+    for faults in ([401], [500]*6, ['cut']*6, ['html'], []):
+        server.faults = list(faults)
+        try: ask(endpoint(paid_server(server), tmp_path/'replies.jsonl'))
+        except DitError as e: errors.append(e)
+    e = endpoint(server, tmp_path/'replies.jsonl')
+    asked = ask_all(tiny, jobs.named(tiny, 3, 'fern', 1), None, 'news', 'Base Question', max_new=4)
+    server.faults = [400]
+    save_results(grade(add_guesses(asked, LLMGuesser(e)), LLMJudge(e)), tmp_path/'news.csv', endpoint=e.where)
+    assert len(errors) == 4 and len(list(tmp_path.iterdir())) >= 4
+    no_key(tmp_path, *errors, *capfd.readouterr(), repr(vars(e)))
