@@ -8,7 +8,7 @@ __all__ = ['WEIGHTS', 'RECIPES', 'FlatLora', 'prefix_tree', 'tree_mask', 'answer
            'train_batch', 'check_tasks', 'untrained', 'rate_on', 'Claims', 'train_diffs', 'make_tasks', 'make_diffs']
 
 # %% ../nbs/02_diffs.ipynb #20922195
-import json, math, time, uuid
+import json, math, sys, time, uuid
 from pathlib import Path
 import numpy as np, pandas as pd, torch
 from filelock import FileLock, Timeout
@@ -346,6 +346,7 @@ def train_diffs(base:Base, # the base model
     check_tasks(tasks)
     open_bank(folder, base, rank=rank, scaling=1/math.sqrt(rank), lr=lr, recipe=json.loads(json.dumps(recipe or {})))
     todo, teacher, claims = untrained(folder, tasks), Teacher(base), Claims(folder)
+    if todo and base.dtype == probe(base.device)[0]: print(f"dit: {probe(base.device)[2]}", file=sys.stderr)
     with claims, tqdm(total=len(todo), desc="training diffs", unit="diff", disable=not todo) as bar:
         tell = rate_on(bar)
         while todo:
