@@ -252,21 +252,21 @@ def matmul_rate(dtype:torch.dtype, # precision to try
 # %% ../nbs/00_core.ipynb #83d4fa10
 @functools.cache
 def probe(device:torch.device, # where the model will run
-         )->tuple: # precision, number of threads
-    "Find out what is fastest, once, and say so."
+         )->tuple: # precision, number of threads, and both in words
+    "Find out what is fastest, once."
     all_, kind = torch.get_num_threads(), torch.bfloat16
-    if device.type == "cuda": return (kind if torch.cuda.is_bf16_supported() else torch.float32), all_
+    if device.type == "cuda": return (kind if torch.cuda.is_bf16_supported() else torch.float32), all_, torch.cuda.get_device_name(device)
     plain, half = matmul_rate(torch.float32), matmul_rate(torch.bfloat16)
     kind, rate = (torch.bfloat16, half) if half > 1.2*plain else (torch.float32, plain)
     fewer = {n: matmul_rate(kind, n) for n in {1, all_//2} - {0, all_}}
     threads = max([all_, *(n for n in fewer if fewer[n] > 1.2*rate)], key=lambda n: fewer.get(n, rate))
-    print(f"dit: {str(kind)[6:]} with {threads} of {all_} threads ({fewer.get(threads, rate):.0f} GFLOP/s; float32 {plain:.0f}, bfloat16 {half:.0f} with all)", file=sys.stderr)
-    return kind, threads
+    said = (f"{str(kind)[6:]} with {threads} of {all_} threads ({fewer.get(threads, rate):.0f} GFLOP/s; float32 {plain:.0f}, bfloat16 {half:.0f} with all)")
+    return kind, threads, said
 
 def best_dtype(device:torch.device, # where the model will run
               )->torch.dtype:
     "bfloat16 where the hardware is faster in it, float32 elsewhere; threads that only stand in each other's way are given up."
-    kind, threads = probe(device)
+    kind, threads, _ = probe(device)
     torch.set_num_threads(threads)
     return kind
 

@@ -5,22 +5,28 @@
 # %% auto #0
 __all__ = ['WEIGHTS', 'RECIPES', 'FlatLora', 'prefix_tree', 'tree_mask', 'answer_states', 'can_share', 'Teacher', 'chunk_losses',
            'HeadLoss', 'token_losses', 'diff_losses', 'backward_step', 'clip_rows', 'stop_moving', 'schedule',
-           'tokenise', 'train_batch', 'check_tasks', 'untrained', 'rate_on', 'Claims', 'train_diffs', 'sound_diffs',
-           'make_tasks', 'make_diffs', 'diffs_cli']
+           'tokenise', 'train_batch', 'check_tasks', 'untrained', 'rate_on', 'Claims', 'sound_diffs', 'make_tasks',
+           'make_diffs', 'diffs_cli']
 
 # %% ../nbs/02_diffs.ipynb #20922195
+<<<<<<< /tmp/tmp_qlf6wjf/o
 import contextlib, json, math, sys, time, uuid
+||||||| /tmp/tmp_qlf6wjf/b
+import json, math, time, uuid
+=======
+import json, math, sys, time, uuid
+>>>>>>> /tmp/tmp_qlf6wjf/t
 from pathlib import Path
 import numpy as np, pandas as pd, torch
 from fastcore.basics import patch
 from fastcore.script import call_parse
 from filelock import FileLock, Timeout
 from tqdm import tqdm
-from .core import *
-from .models import *
-from .data import *
-from .lora import *
-from .writers import *
+from dit.core import *
+from dit.models import *
+from dit.data import *
+from dit.lora import *
+from dit.writers import *
 
 # %% ../nbs/02_diffs.ipynb #2f4b5a97
 class FlatLora(torch.nn.Module):
@@ -362,7 +368,14 @@ def train_diffs(base:Base, # the base model
     check_tasks(tasks)
     open_bank(folder, base, rank=rank, scaling=1/math.sqrt(rank), lr=lr, recipe=json.loads(json.dumps(recipe or {})))
     todo, teacher, claims = untrained(folder, tasks), Teacher(base), Claims(folder)
+<<<<<<< /tmp/tmpfrvwkgpg/o
     with stoppable(f"the finished diffs are in {folder}; run the same again to go on."), claims, tqdm(total=len(todo), desc="training diffs", unit="diff", miniters=0, disable=not (todo and first_process())) as bar:
+||||||| /tmp/tmpfrvwkgpg/b
+    with claims, tqdm(total=len(todo), desc="training diffs", unit="diff", disable=not todo) as bar:
+=======
+    if todo and base.dtype == probe(base.device)[0]: print(f"dit: {probe(base.device)[2]}", file=sys.stderr)
+    with claims, tqdm(total=len(todo), desc="training diffs", unit="diff", disable=not todo) as bar:
+>>>>>>> /tmp/tmpfrvwkgpg/t
         tell = rate_on(bar)
         while todo:
             try:
