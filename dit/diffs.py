@@ -5,28 +5,22 @@
 # %% auto #0
 __all__ = ['WEIGHTS', 'RECIPES', 'FlatLora', 'prefix_tree', 'tree_mask', 'answer_states', 'can_share', 'Teacher', 'chunk_losses',
            'HeadLoss', 'token_losses', 'diff_losses', 'backward_step', 'clip_rows', 'stop_moving', 'schedule',
-           'tokenise', 'train_batch', 'check_tasks', 'untrained', 'rate_on', 'Claims', 'sound_diffs', 'make_tasks',
-           'make_diffs', 'diffs_cli']
+           'tokenise', 'train_batch', 'check_tasks', 'untrained', 'rate_on', 'Claims', 'train_rest', 'train_diffs',
+           'sound_diffs', 'make_tasks', 'make_diffs', 'diffs_cli']
 
 # %% ../nbs/02_diffs.ipynb #20922195
-<<<<<<< /tmp/tmp_qlf6wjf/o
 import contextlib, json, math, sys, time, uuid
-||||||| /tmp/tmp_qlf6wjf/b
-import json, math, time, uuid
-=======
-import json, math, sys, time, uuid
->>>>>>> /tmp/tmp_qlf6wjf/t
 from pathlib import Path
 import numpy as np, pandas as pd, torch
 from fastcore.basics import patch
 from fastcore.script import call_parse
 from filelock import FileLock, Timeout
 from tqdm import tqdm
-from dit.core import *
-from dit.models import *
-from dit.data import *
-from dit.lora import *
-from dit.writers import *
+from .core import *
+from .models import *
+from .data import *
+from .lora import *
+from .writers import *
 
 # %% ../nbs/02_diffs.ipynb #2f4b5a97
 class FlatLora(torch.nn.Module):
@@ -355,6 +349,28 @@ class Claims:
             write_json(self.mine, [t.diff_id for t in free])
         return free
 
+# %% ../nbs/02_diffs.ipynb #2e0b6f4d
+def train_rest(base:Base, # the base model
+               todo:list, # `DiffTask`s that the bank does not hold
+               folder, # the bank's folder
+               rank:int, lr:float, batch:int, # as for `train_diffs`
+              ):
+    "Train shard by shard, beside other processes that do the same."
+    if todo and base.dtype == probe(base.device)[0]: print(f"dit: {probe(base.device)[2]}", file=sys.stderr)
+    kept, teacher, claims = f"the finished diffs are in {folder}; run the same again to go on.", Teacher(base), Claims(folder)
+    with stoppable(kept), claims, tqdm(total=len(todo), desc="training diffs", unit="diff", miniters=0, disable=not (todo and first_process())) as bar:
+        tell = rate_on(bar)
+        while todo:
+            try:
+                if mine := claims.take(todo, batch): save_shard(folder, train_batch(base, mine, rank, lr, tell=tell, teacher=teacher)); give_back()
+                else: time.sleep(1) # other processes have the rest in hand
+            except (RuntimeError, MemoryError) as e:
+                if not no_room(e): raise
+                if batch == 1: raise DitError("one diff alone does not fit into memory; use a smaller base model or a machine with more memory.") from e
+                batch //= 2; free_memory(f"going on with {batch} diffs at once")
+            left = untrained(folder, todo); bar.update(len(todo) - len(left)); todo = left
+        if bar.total: say_peak("training diffs")
+
 # %% ../nbs/02_diffs.ipynb #a73c58aa
 def train_diffs(base:Base, # the base model
                 tasks:list, # `DiffTask`s
@@ -367,26 +383,7 @@ def train_diffs(base:Base, # the base model
     "Train the diffs that the bank does not hold yet; safe to stop and start again."
     check_tasks(tasks)
     open_bank(folder, base, rank=rank, scaling=1/math.sqrt(rank), lr=lr, recipe=json.loads(json.dumps(recipe or {})))
-    todo, teacher, claims = untrained(folder, tasks), Teacher(base), Claims(folder)
-<<<<<<< /tmp/tmpfrvwkgpg/o
-    with stoppable(f"the finished diffs are in {folder}; run the same again to go on."), claims, tqdm(total=len(todo), desc="training diffs", unit="diff", miniters=0, disable=not (todo and first_process())) as bar:
-||||||| /tmp/tmpfrvwkgpg/b
-    with claims, tqdm(total=len(todo), desc="training diffs", unit="diff", disable=not todo) as bar:
-=======
-    if todo and base.dtype == probe(base.device)[0]: print(f"dit: {probe(base.device)[2]}", file=sys.stderr)
-    with claims, tqdm(total=len(todo), desc="training diffs", unit="diff", disable=not todo) as bar:
->>>>>>> /tmp/tmpfrvwkgpg/t
-        tell = rate_on(bar)
-        while todo:
-            try:
-                if mine := claims.take(todo, batch): save_shard(folder, train_batch(base, mine, rank, lr, tell=tell, teacher=teacher)); give_back()
-                else: time.sleep(1) # other processes have the rest in hand
-            except (RuntimeError, MemoryError) as e:
-                if not no_room(e): raise
-                if batch == 1: raise DitError("one diff alone does not fit into memory; use a smaller base model or a machine with more memory.") from e
-                batch //= 2; free_memory(f"going on with {batch} diffs at once")
-            left = untrained(folder, todo); bar.update(len(todo) - len(left)); todo = left
-        if bar.total: say_peak("training diffs")
+    train_rest(base, untrained(folder, tasks), folder, rank, lr, batch)
     wanted = [t.diff_id for t in tasks]
     bank = load_bank(folder, base, lambda i: i.diff_id.isin(wanted))
     return bank.take(bank.index.reset_index().set_index("diff_id").loc[wanted, "index"].tolist())
