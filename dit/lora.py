@@ -159,6 +159,7 @@ def read(self:Shelf, names=None)->dict: # module name -> tensor [n, ...]
         for k, rowwise in flat.items():
             kind, (n, *shape), start = there.get(f"{k}.{self.side}", (None, (0,), 0))
             if (kind, shape) != self.sizes[k]: raise DitError(f"{path} does not fit the bank's first shard: {k} differs; take its lines out of index.csv.")
+            if rows.max() >= n: raise DitError(f"the index of {path.parent} names a row that {path.name} does not hold; put back a copy of index.csv.")
             rowwise[here] = raw[start:start + n*rowwise.shape[1]].reshape(n, -1)[rows]
     return out
 

@@ -58,7 +58,7 @@ def make_results(f, base): save_results(pd.DataFrame(dict(diff_id=[f'x/{i}' for 
 
 READERS = dict(table=(make_table, read_labels, ['labels.csv']), bank=(make_bank, load_bank, ['bank.json', 'index.csv', 'shard-00001.safetensors']), peft=(make_peft, from_peft, ['adapter_config.json', 'adapter_model.safetensors']),
                full=(make_full, lambda f, b: open_diff(str(f), b), ['model.safetensors']), paper=(make_paper, lambda f, b: open_diff(f'{f}#0', b), ['index.csv', 'weight-diffs/weight-diff-000.pt']),
-               adapter=(make_adapter, lambda f, b: open_adapter(str(f/'a.pt'), b, 'news'), ['a.pt']), texts=(make_texts, read_texts, ['text.jsonl']), replies=(make_replies, read_replies, ['c.jsonl']),
+               adapter=(make_adapter, lambda f, b: open_adapter(str(f/'a.pt'), b), ['a.pt']), texts=(make_texts, read_texts, ['text.jsonl']), replies=(make_replies, read_replies, ['c.jsonl']),
                checkpoint=(make_checkpoint, read_checkpoint, ['checkpoint.pt']), results=(make_results, lambda f, b: read_results(f/'news.csv'), ['news.csv']))
 
 # --- damage that any file can suffer -------------------------------------------------------------------------------------------------
