@@ -178,6 +178,7 @@ def from_pt(path:Path, # a file of weight diffs
     bank, facts = from_full(diff.items(), base, str(path), rank)
     return bank, facts | dict(label=label)
 
+# %% ../nbs/05_ask.ipynb #d83f6a90
 def from_index(folder:Path, # a folder with index.csv and weight-diffs/
                row:str|None, # line of the index, or topic
                base:Base, # the base model

@@ -330,24 +330,27 @@ class Claims:
         with contextlib.suppress(OSError):
             for p in (path, path.with_suffix(".lock")): p.unlink(missing_ok=True)
 
-    def others(self)->set: # diff ids
-        "What other living processes have in hand; what dead ones left is cleared away."
-        taken = set()
-        for p in {p.with_suffix(".json") for p in self.folder.glob("[!.]*.*")} - {self.mine}:
-            try:
-                with FileLock(p.with_suffix(".lock"), blocking=False): self.drop(p)
-            except Timeout: taken |= set(json.loads(p.read_text())) if p.exists() else set()
-        return taken
+# %% ../nbs/02_diffs.ipynb #8c25d1e7
+@patch
+def others(self:Claims)->set: # diff ids
+    "What other living processes have in hand; what dead ones left is cleared away."
+    taken = set()
+    for p in {p.with_suffix(".json") for p in self.folder.glob("[!.]*.*")} - {self.mine}:
+        try:
+            with FileLock(p.with_suffix(".lock"), blocking=False): self.drop(p)
+        except Timeout: taken |= set(json.loads(p.read_text())) if p.exists() else set()
+    return taken
 
-    def take(self, tasks:list, # `DiffTask`s that are wanted
-             n:int, # at most so many
-            )->list: # `DiffTask`s
-        "Claim diffs that nobody has trained or claimed."
-        with turn(self.bank/"index"), writing(self.folder):
-            out = set(read_index(self.bank).diff_id) | self.others()
-            free = [t for t in tasks if t.diff_id not in out][:n]
-            write_json(self.mine, [t.diff_id for t in free])
-        return free
+@patch
+def take(self:Claims, tasks:list, # `DiffTask`s that are wanted
+         n:int, # at most so many
+        )->list: # `DiffTask`s
+    "Claim diffs that nobody has trained or claimed."
+    with turn(self.bank/"index"), writing(self.folder):
+        out = set(read_index(self.bank).diff_id) | self.others()
+        free = [t for t in tasks if t.diff_id not in out][:n]
+        write_json(self.mine, [t.diff_id for t in free])
+    return free
 
 # %% ../nbs/02_diffs.ipynb #2e0b6f4d
 def train_rest(base:Base, # the base model

@@ -1,7 +1,6 @@
 "Functions that tests run in processes of their own"
 import builtins, io, os, resource, sys, time
 
-import torch
 
 import pandas as pd, torch
 from dit import diffs as D, lora as L, tune as T
