@@ -378,4 +378,4 @@ def test_the_command_answers_in_json(home, base):
 def test_the_command_fails_in_one_line(home):
     done = command('--base', home/'base', '--diff', home/'nowhere')
     assert done.returncode == 1 and done.stdout == ''
-    assert done.stderr == f"dit_ask: there is no file or folder {home/'nowhere'}; check the path."
+    assert done.stderr == f"dit_ask: there is no file or folder {home/'nowhere'}; check the path.\n"
