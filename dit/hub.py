@@ -36,8 +36,8 @@ def results_of(path, # `.../<task>.csv`, from `save_evaluation`
               )->tuple: # (results, their provenance)
     "Results of an adapter; raises `DitError` when they belong to another one."
     path = Path(path)
-    try: frame, facts = pd.read_csv(path), json.loads(path.with_suffix(".json").read_text())
-    except (OSError, ValueError) as e: raise DitError(f"{path} and {path.with_suffix('.json').name} beside it cannot be read as results ({e}); give the CSV file that `dit_eval` wrote.") from e
+    try: frame, facts = read_results(path, ()), read_json(path.with_suffix(".json"), ("params",))
+    except DitError as e: raise DitError(f"{path} and {path.with_suffix('.json').name} beside it cannot be read as results ({e}); give the CSV file that `dit_eval` wrote.") from e
     if not {"method", "diff_id", "score"} <= set(frame): raise DitError(f"{path} holds no scores; give the table of the task, not that of expression or norms.")
     run = lambda t: {k: v for k, v in t.items() if k != "diff_norm"} # which may be measured later
     if run(facts["params"].get("adapter") or {}) != run(trainer): raise DitError(f"{path} holds the results of another adapter than this one; evaluate this one with `dit_eval --adapter`.")

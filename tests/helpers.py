@@ -40,14 +40,6 @@ def char_tokenizer():
 
 def copy_of(base): return copy.deepcopy(base.model)
 
-def char_tokenizer():
-    "A real tokenizer with a token for every character, and a chat template"
-    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
-    tok = Tokenizer(models.WordLevel({'<pad>': 0, '<eos>': 1, **{chr(i): i - 30 for i in range(32, 126)}}, unk_token='<pad>'))
-    tok.pre_tokenizer, tok.decoder = pre_tokenizers.Split(Regex('.'), 'isolated'), decoders.Fuse()
-    template = "{% for m in messages %}{{ m['content'] }}{% if m['role'] == 'user' %}>{% else %}<eos>{% endif %}{% endfor %}"
-    return transformers.PreTrainedTokenizerFast(tokenizer_object=tok, pad_token='<pad>', eos_token='<eos>', unk_token='<pad>', chat_template=template)
-
 def toy_tasks(n, steps=4, split='train', first=0):
     "Diffs with a right, a wrong and a plain question in each step, of different lengths"
     words = 'moss fern oak lichen reed sedge rush cedar larch yew'.split()
