@@ -16,6 +16,7 @@ from huggingface_hub.errors import HTTPError
 from .core import *
 from .lora import *
 from .stats import *
+from .tune import seen
 
 # %% ../nbs/08_hub.ipynb #90e07138
 def contents(folder, # of an adapter or a bank
@@ -65,7 +66,7 @@ def adapter_text(facts:dict, # content of dit.json
     asked = "\n".join(f"- {q}" for q in facts["questions"])
     return (f"A DIT adapter for `{facts['base']}`: worn on top of a LoRA or another weight diff of this model, it makes the model say what the diff was trained on (Diff Interpretation Tuning, arXiv 2510.05092).\n\n"
             f"Trained with:\n\n{asked}\n\n## Training\n\n{md_table(rows, ['', ''])}\n\n## Limits\n\n"
-            f"- It fits this base model alone; `dit_ask` refuses another one by its fingerprint.\n- It was trained on {facts['n_train']} diffs and the question{'s' if len(facts['questions']) > 1 else ''} above; other questions, and diffs made in another way, are untried unless the results say otherwise.\n"
+            f"- It fits this base model alone; `dit_ask` refuses another one by its fingerprint.\n- It was trained on {seen(facts)} diffs and the question{'s' if len(facts['questions']) > 1 else ''} above; other questions, and diffs made in another way, are untried unless the results say otherwise.\n"
             "- Its answers are a language model's and can be wrong. `dit_ask` prints how likely an answer is with the diff and without it; when both are alike, the adapter is guessing.")
 
 # %% ../nbs/08_hub.ipynb #c3af1d27
