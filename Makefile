@@ -34,7 +34,7 @@ endif
 help:
 	@echo 'make demo       train fresh weight diffs, ask the DIT adapter what each one hides, draw figures/demo.png (minutes, no GPU)'
 	@echo 'make figures    redraw every figure from results/ (no training)'
-	@echo 'make reproduce  train and evaluate whatever nbs/configs/ names and is not there yet (hours on a CPU; stop and start it as you like)'
+	@echo 'make reproduce  say how long it will take, then train and evaluate whatever nbs/configs/ names and is not there yet (stop and start it as you like)'
 	@echo 'make bench      time training and asking beside what one would run instead, on this machine (ten minutes on two idle cores)'
 	@echo 'make test       check that notebooks are clean and dit/ is in sync, run every notebook and every test'
 	@echo 'make soak       the long tests: 20 kills in every stage, a fault at every operation on files, 2,000 diffs, a bank of 100,000 rows'
@@ -91,6 +91,8 @@ figures: $(VENV)/.installed
 RUNS := runs/reproduce/$(subst /,--,$(or $(MODEL),SmolLM2-135M-Instruct))
 reproduce: $(VENV)/.models
 	@mkdir -p $(RUNS)
+	@$(RUN) todo=(); for f in nbs/configs/*/*.yaml; do made="$(RUNS)/$$(basename "$$(dirname "$$f")")-$$(basename "$$f" .yaml).ipynb"; if [ ! "$$made" -nt "$$f" ]; then todo+=("$$f"); fi; done; \
+	if [ $${#todo[@]} -gt 0 ]; then dit_plan "$${todo[@]}" $(if $(MODEL),--model "$(MODEL)"); fi
 	@$(RUN) for f in nbs/configs/*/*.yaml; do \
 	  book=$$(basename "$$(dirname "$$f")"); name="$$book-$$(basename "$$f" .yaml)"; task=$$(sed -n 's/^task: //p' "$$f"); made="$(RUNS)/$$name.ipynb"; \
 	  if [ "$$made" -nt "$$f" ]; then continue; fi; \
