@@ -6,8 +6,8 @@
 __all__ = ['METHODS', 'SUMMARY_REQUESTS', 'TOKENS', 'JUDGES', 'GUESSERS', 'COLUMNS', 'GRADED', 'VERSIONS', 'methods_of', 'twenty',
            'messages', 'most_tokens', 'ask_all', 'ask_agent', 'topic_keys', 'everyday_words', 'probes', 'expression',
            'content_words', 'news_expression', 'judge_of', 'background', 'guesser_of', 'pairs_of', 'add_guesses',
-           'grade', 'weight_norms', 'save_results', 'verify', 'adapters_for', 'read_graded', 'plot_scores',
-           'fresh_diffs', 'expression_of', 'evaluate', 'trainer_of', 'save_evaluation', 'eval_cli']
+           'grade', 'weight_norms', 'save_results', 'regrade', 'verify', 'save_regraded', 'adapters_for', 'read_graded',
+           'plot_scores', 'fresh_diffs', 'expression_of', 'evaluate', 'trainer_of', 'save_evaluation', 'eval_cli']
 
 # %% ../nbs/04_eval.ipynb #fe703751
 import json, re, sys, time
@@ -245,6 +245,12 @@ def save_results(frame:pd.DataFrame, # one line per diff and method
     write_json(Path(path).with_suffix(".json"), provenance(**facts))
 
 # %% ../nbs/04_eval.ipynb #e63fbf88
+def regrade(frame:pd.DataFrame, # stored results of one task
+            judge, # has `version` and `score`
+           )->pd.DataFrame: # the same with this judge's scores
+    "Grade what was graded before; a text that a table cannot tell from a missing one is empty."
+    return grade(frame.assign(**{c: frame[c].astype(object).where(frame[c].notna(), np.where(frame[f"{c}_score"].notna(), "", None)) for c in ("answer", "guess")}), judge)
+
 def verify(path, # `.../<series>.csv`
            judge=None, # default: the offline judge
            most:float=.002, # difference that rounding may make
@@ -253,11 +259,20 @@ def verify(path, # `.../<series>.csv`
     frame, judge = read_results(path, ("diff_id", "task", "method", "truth", "answer", "guess", "judge", "score", "answer_score", "guess_score", "graded")), judge or OfflineJudge()
     if others := (frame.judge != judge.version).sum(): print(f"dit: {others} of {len(frame)} lines of {path} were graded by {', '.join(frame.judge[frame.judge != judge.version].astype(str).unique())}; they cannot be graded again without that judge's endpoint.")
     mine = frame[frame.judge == judge.version].reset_index(drop=True)
-    with reading(path): again = grade(mine.assign(**{c: mine[c].astype(object).where(mine[c].notna(), np.where(mine[f"{c}_score"].notna(), "", None)) for c in ("answer", "guess")}), judge) if len(mine) else mine
+    with reading(path): again = regrade(mine, judge) if len(mine) else mine
     wrong = np.any([~np.isclose(mine[c], again[c], rtol=0, atol=most, equal_nan=True) for c in ("answer_score", "guess_score", "score")], axis=0) | (mine.graded != again.graded)
     table = mine[wrong].assign(score_again=again.score[wrong])
     if len(table): raise DitError(f"{len(table)} of {len(mine)} scores in {path} are not those of the stored answers, the first of them for {table.diff_id.iloc[0]} by {table.method.iloc[0]}: {table.score.iloc[0]} there, {table.score_again.iloc[0]} now.")
     return table
+
+# %% ../nbs/04_eval.ipynb #a60f93e8
+def save_regraded(path, # `.../<series>.csv`
+                  judge, # has `version` and `score`
+                  to, # `.../<series>.csv`, receives the scores without the texts
+                 ):
+    "Keep another judge's scores of stored answers."
+    with reading(path): again = regrade(read_results(path, ("answer", "guess", "answer_score", "guess_score")), judge)
+    save_results(again.drop(columns=["question", "answer", "guess"]), to, judge=judge.version, graded=sha256_of(path))
 
 # %% ../nbs/04_eval.ipynb #3f93cba1
 def adapters_for(task:str, # hidden_topic or news
