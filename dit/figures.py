@@ -89,7 +89,7 @@ def beside(both:pd.DataFrame, # from `one_shape`
 
 # %% ../nbs/09_figures.ipynb #3e61a0d7
 COLOURS = dict(zip(("DIT", "DIT + Trigger", "Base Question", "Base Question + Trigger", "20 Questions", "20 Questions + Trigger", "Generated Story", "DIT trained on the other task", "DIT trained on both tasks"),
-                   (c for i, c in enumerate(sns.color_palette("colorblind")) if i != 7))) | {"Agent": (.3,)*3, "Agent + Trigger": (.6,)*3}
+                   (c for i, c in enumerate(sns.color_palette("colorblind")) if i != 7))) | {"Agent": (.1,)*3, "Agent + Trigger": (.45,)*3}
 
 # %% ../nbs/09_figures.ipynb #8dadc54f
 def plot_models(both:pd.DataFrame, # from `one_shape`
@@ -103,7 +103,7 @@ def plot_models(both:pd.DataFrame, # from `one_shape`
         x = list(models).index(r.model) + (methods.index(r.method) - (len(methods) - 1)/2)*width
         ax.bar(x, r.mean - 1, width, bottom=1, yerr=[[r.ci95], [min(r.ci95, 5 - r.mean)]], color=COLOURS[r.method], hatch="" if r.source == "ours" else "///", edgecolor="white", error_kw=dict(lw=.8, capsize=1.5))
     ns = both.groupby("model", sort=False).n.min()
-    names = ["\n".join([textwrap.fill(m, 14), f"(n = {ns[m]:.0f})"]) for m in models]
+    names = ["\n".join([*(textwrap.fill(part, 14) for part in m.split("\n")), f"(n = {ns[m]:.0f})"]) for m in models]
     ax.set(xticks=range(len(models)), xticklabels=names, ylim=(1, 5.15), ylabel="mean score, 1 to 5", title=title)
     ax.legend(handles=[plt.Rectangle((0, 0), 1, 1, color=COLOURS[m], label=m) for m in methods] + [plt.Rectangle((0, 0), 1, 1, fc=".7", ec="white", hatch="///", label="hatched: the paper's")], frameon=False, loc="upper center", bbox_to_anchor=(.5, -.029 - .057*max(1 + n.count("\n") for n in names)), ncol=3, fontsize=8)
     ax.tick_params(axis="x", labelsize=8); sns.despine(ax=ax)
@@ -120,7 +120,7 @@ def plot_lines(ax, # axes to draw on
         part, look = part.sort_values("x"), dict(marker="o", ls="-") if source == "ours" else dict(marker="s", ls="--", mfc="white")
         said = method if label == "method" else f"{model} ({dict(ours='ours', paper='the paper')[source]}, n = {part.n.min():.0f})"
         ax.errorbar(part.x, part["mean"], [part.ci95, part.ci95.clip(upper=5 - part["mean"])], color=COLOURS[method], lw=1.4, ms=4.5, elinewidth=.8, capsize=2, label=said, **look)
-    ax.set(**dict(xscale="log", ylim=(.9, 5.15)) | settings); ax.tick_params(labelsize=8); ax.minorticks_off(); sns.despine(ax=ax)
+    ax.set(**dict(xscale="log", ylim=(.9, 5.15), yticks=range(1, 6)) | settings); ax.tick_params(labelsize=8); ax.minorticks_off(); sns.despine(ax=ax)
 
 def legend_below(fig, # a matplotlib figure
                  columns:int=2, # of the legend
