@@ -62,7 +62,7 @@ def measured(names:list, # series, as for `results_file`
             )->pd.DataFrame|None: # one line per diff, method and series, with the column series
     "Those of our results that are there; says which are not."
     there = [n for n in names if results_file(n, results, model).exists()]
-    if missing := [n for n in names if n not in there]: print(f"Ours is not yet measured for {model} in {', '.join(missing)}; `make reproduce` measures what is missing.")
+    if missing := [n for n in names if n not in there]: print(f"Ours is not yet measured for {model} in {', '.join(missing)}; `make reproduce` measures what nbs/configs names.")
     if not there: return None
     return one_kind(pd.concat([our_results(n, results, model)[0].assign(series=n) for n in there], ignore_index=True), " with ".join(there))
 
