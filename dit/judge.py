@@ -6,7 +6,7 @@
 __all__ = ['QUOTES', 'THING', 'LEAD', 'STOP', 'ENDINGS', 'FEATURES', 'N_FEATURES', 'tidy', 'normalise', 'same', 'stem', 'stems',
            'first_line', 'parts', 'n_items', 'grams', 'overlap', 'string_features', 'numbers', 'names', 'news_features',
            'Encoder', 'weighted', 'token_match', 'relative', 'vector_features', 'run_trees', 'cap', 'highest',
-           'OfflineJudge', 'confusion', 'kappa', 'agreement']
+           'OfflineJudge', 'EmbeddingJudge', 'confusion', 'kappa', 'agreement']
 
 # %% ../nbs/04_judge.ipynb #790e1d08
 import functools, json, re, unicodedata
@@ -260,6 +260,15 @@ def grades(self:OfflineJudge, truths, # labels
           )->np.ndarray: # integers 1..5
     "Scores rounded to whole grades."
     return np.rint(self.score(truths, answers, task)).astype(int)
+
+# %% ../nbs/04_judge.ipynb #e91d3a54
+class EmbeddingJudge:
+    "Scores answers by the cosine of answer and truth alone: 1 for none, 5 for the same text."
+    version = "cosine-1"
+    def __init__(self): self.enc = Encoder(fetch("minilm"))
+
+    def score(self, truths, answers, task:str)->np.ndarray: # floats 1..5, one per pair
+        return np.array([1 + 4*max(0., float(a[0] @ b[0])) for a, b in (self.enc(pair) for pair in zip(truths, answers))]).clip(1, 5)
 
 # %% ../nbs/04_judge.ipynb #721074a1
 def confusion(theirs, # grades of the first judge

@@ -90,16 +90,16 @@ def test_an_evaluation_leaves_results_that_say_how_they_came_about(home, capsys)
     assert all(m in said for m in results.method) and str(home/'results'/'base') in said
 
 def test_figures_are_drawn_from_results_of_ones_own(tmp_path, monkeypatch, capsys):
-    "A checkout with one figure that has results and one that has none"
-    for name in ('11_fig_hidden_topic', '12_fig_news'): (tmp_path/'nbs').mkdir(exist_ok=True); shutil.copy(ROOT/'nbs'/f'{name}.ipynb', tmp_path/'nbs')
+    "A checkout with a figure that has results, one that has none and needs them, and one that then shows the paper's alone"
+    for name in ('11_fig_hidden_topic', '12_fig_news', '18_fig_adapter_rank'): (tmp_path/'nbs').mkdir(exist_ok=True); shutil.copy(ROOT/'nbs'/f'{name}.ipynb', tmp_path/'nbs')
     shutil.copy(ROOT/'settings.ini', tmp_path); shutil.copytree(ROOT/'results'/'paper', tmp_path/'results'/'paper')
     mine = tmp_path/'mine'/'eval'/'my--model'; mine.mkdir(parents=True)
     for ending in ('csv', 'json'): shutil.copy(ROOT/'results'/'eval'/'SmolLM2-135M-Instruct'/f'news.{ending}', mine)
     monkeypatch.chdir(tmp_path); monkeypatch.setenv('PYTHONPATH', str(ROOT))
-    with pytest.raises(SystemExit, match='1 of 2 figures'): figures_cli(model='my--model', results='mine', out='pictures')
+    with pytest.raises(SystemExit, match='1 of 3 figures'): figures_cli(model='my--model', results='mine', out='pictures')
     said = capsys.readouterr().out
-    assert '12_fig_news: drawn' in said and '11_fig_hidden_topic: DitError: there is no' in said
-    assert sorted(p.name for p in (tmp_path/'pictures').iterdir()) == ['news.pdf', 'news.png', 'news_scores.pdf', 'news_scores.png']
+    assert '12_fig_news: drawn' in said and '18_fig_adapter_rank: drawn' in said and '11_fig_hidden_topic: DitError: there is no' in said
+    assert sorted(p.name for p in (tmp_path/'pictures').iterdir()) == ['adapter_rank.pdf', 'adapter_rank.png', 'news.pdf', 'news.png', 'news_scores.pdf', 'news_scores.png']
 
 def test_figures_outside_a_checkout(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

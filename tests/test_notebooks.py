@@ -7,7 +7,7 @@ import nbformat, pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 NBS = sorted(p for p in (ROOT/'nbs').glob('*.ipynb') if p.name[0] not in '_.') # what nbdev looks at
-FIGS = [p for p in NBS if re.match(r'1\d_fig_', p.name)]
+FIGS = [p for p in NBS if re.match(r'[1-9]\d_fig_', p.name)]
 RUNNABLE = [p for p in NBS if p.name in ('04_eval.ipynb', '06_train_your_own.ipynb', '06_paper_models.ipynb', '07_bench.ipynb', 'demo.ipynb')] + FIGS # what papermill is given parameters for
 MAX_LINES = 40
 
