@@ -402,7 +402,7 @@ def sound_diffs(bank:Bank, # as from `train_diffs`
     return bank.take([i for i, sound in enumerate(bank.index.sound) if sound])
 
 # %% ../nbs/02_diffs.ipynb #495e364c
-RECIPES = dict(hidden_topic=dict(rank=8, lr=5e-3, batch=8, steps=110, mix=(2, 3, 1)), news=dict(rank=8, lr=1e-2, batch=10, steps=10))
+RECIPES = dict(hidden_topic=dict(rank=8, lr=5e-3, batch=8, steps=110, mix=(2, 3, 1)), news=dict(rank=8, lr=1e-2, batch=4, steps=24))
 
 def make_tasks(base:Base, # the base model
                task:str, # hidden_topic or news
