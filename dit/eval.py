@@ -6,8 +6,9 @@
 __all__ = ['METHODS', 'SUMMARY_REQUESTS', 'TOKENS', 'JUDGES', 'GUESSERS', 'COLUMNS', 'GRADED', 'VERSIONS', 'methods_of', 'twenty',
            'messages', 'most_tokens', 'ask_all', 'ask_agent', 'topic_keys', 'everyday_words', 'probes', 'expression',
            'content_words', 'news_expression', 'judge_of', 'background', 'guesser_of', 'pairs_of', 'add_guesses',
-           'grade', 'weight_norms', 'save_results', 'verify', 'adapters_for', 'read_graded', 'plot_scores',
-           'fresh_diffs', 'expression_of', 'evaluate', 'trainer_of', 'save_evaluation', 'eval_cli']
+           'grade', 'weight_norms', 'save_results', 'verify_scores', 'adapters_for', 'read_graded', 'plot_scores',
+           'fresh_diffs', 'expression_of', 'evaluate', 'trainer_of', 'save_evaluation', 'check_names', 'run_steps',
+           'eval_cli']
 
 # %% ../nbs/04_eval.ipynb #fe703751
 import json, re, sys, time
@@ -245,19 +246,18 @@ def save_results(frame:pd.DataFrame, # one line per diff and method
     write_json(Path(path).with_suffix(".json"), provenance(**facts))
 
 # %% ../nbs/04_eval.ipynb #e63fbf88
-def verify(path, # `.../<series>.csv`
-           judge=None, # default: the offline judge
-           most:float=.002, # difference that rounding may make
-          )->pd.DataFrame: # the lines that differ: none
+def verify_scores(path, # `.../<series>.csv`
+                  judge, # has `version` and `score`
+                  most:float=.002, # difference that rounding may make
+                 )->tuple: # scores that are those of the stored answers, lines of the file
     "Grade the stored answers again; raises `DitError` when a score is not theirs."
-    frame, judge = read_results(path, ("diff_id", "task", "method", "truth", "answer", "guess", "judge", "score", "answer_score", "guess_score", "graded")), judge or OfflineJudge()
+    frame = read_results(path, ("diff_id", "task", "method", "truth", "answer", "guess", "judge", "score", "answer_score", "guess_score", "graded"))
     if others := (frame.judge != judge.version).sum(): print(f"dit: {others} of {len(frame)} lines of {path} were graded by {', '.join(frame.judge[frame.judge != judge.version].astype(str).unique())}; they cannot be graded again without that judge's endpoint.")
     mine = frame[frame.judge == judge.version].reset_index(drop=True)
     with reading(path): again = grade(mine.assign(**{c: mine[c].astype(object).where(mine[c].notna(), np.where(mine[f"{c}_score"].notna(), "", None)) for c in ("answer", "guess")}), judge) if len(mine) else mine
     wrong = np.any([~np.isclose(mine[c], again[c], rtol=0, atol=most, equal_nan=True) for c in ("answer_score", "guess_score", "score")], axis=0) | (mine.graded != again.graded)
-    table = mine[wrong].assign(score_again=again.score[wrong])
-    if len(table): raise DitError(f"{len(table)} of {len(mine)} scores in {path} are not those of the stored answers, the first of them for {table.diff_id.iloc[0]} by {table.method.iloc[0]}: {table.score.iloc[0]} there, {table.score_again.iloc[0]} now.")
-    return table
+    if wrong.any(): raise DitError(f"{wrong.sum()} of {len(mine)} scores in {path} are not those of the stored answers, the first of them for {mine.diff_id[wrong].iloc[0]} by {mine.method[wrong].iloc[0]}: {mine.score[wrong].iloc[0]} there, {again.score[wrong].iloc[0]} now.")
+    return len(mine), len(frame)
 
 # %% ../nbs/04_eval.ipynb #3f93cba1
 def adapters_for(task:str, # hidden_topic or news
@@ -340,7 +340,7 @@ def evaluate(base:Base, # the base model
 # %% ../nbs/04_eval.ipynb #edfaf052
 def trainer_of(task:str, base:Base, folder="")->dict:
     "What the task's adapter, the packaged or the given one, says of its training."
-    return json.loads((Path(folder or packaged_adapter(task, base))/"dit.json").read_text())
+    return read_json(Path(folder or packaged_adapter(task, base))/"dit.json", ("seed",))
 
 def save_evaluation(folder, # receives the tables and their provenance
                     task:str, base:Base, bank:Bank, adapters:dict, # what was evaluated
@@ -355,6 +355,30 @@ def save_evaluation(folder, # receives the tables and their provenance
     own = [trainer["seed"] if METHODS[m].get("adapter") == "own" else None for m in results.method]
     norms = pd.concat([weight_norms(base, b).assign(task=task, of=of, n=len(b)) for of, b in (("diffs", bank), ("adapter", adapters["own"]))])
     for name, table in ((task, results.assign(adapter_seed=own)), (f"{task}_expression", shown), (f"{task}_norms", norms)): save_results(table, Path(folder)/f"{name}.csv", **facts)
+
+# %% ../nbs/04_eval.ipynb #5c1e7a94
+def check_names(**names): # what is to be chosen -> the name given
+    "Raise a `DitError` for a name that does not exist."
+    valid = dict(task=TASKS, trigger_kind=TRIGGERS, decoding=TOKENS, judge=JUDGES, guesser=GUESSERS)
+    for what, name in names.items(): choose(what.replace("_", " "), name, valid[what])
+
+# %% ../nbs/04_eval.ipynb #90ac46d1
+def run_steps(base:Base, # the base model
+              task:str, # hidden_topic or news
+              adapter, # PEFT folder of a DIT adapter; empty: the one that comes with the package
+              diffs:dict, # for `fresh_diffs`: n_diffs, run, rank, steps, trigger_kind
+              how:dict, # for `evaluate`: seed, decoding, judge, guesser, agents
+              out, # folder for the results; empty: in the run folder
+             )->tuple: # results, expression, the folder they are in
+    "Train, look, ask, grade and save."
+    started = time.perf_counter()
+    adapters, trainer = adapters_for(task, base, adapter), trainer_of(task, base, adapter)
+    bank, folder, recipe = fresh_diffs(base, task, **diffs)
+    trained, shown = time.perf_counter(), expression_of(base, bank, task, how["seed"])
+    results = evaluate(base, bank, adapters, task, **how, replies=folder/"replies.jsonl")
+    folder = Path(out)/base.name.replace("/", "--") if out else folder/"results"
+    save_evaluation(folder, task, base, bank, adapters, trainer, results, shown, recipe, **how, seconds=round(time.perf_counter() - started), seconds_asking=round(time.perf_counter() - trained))
+    return results, shown, folder
 
 # %% ../nbs/04_eval.ipynb #9e7871a0
 @call_parse
@@ -372,17 +396,12 @@ def eval_cli(task:str="hidden_topic", # hidden_topic or news
              agents:bool=False, # let an LLM at the endpoint question each diff, too
              out:str="", # folder for the results (default: in the run folder)
              run:str="", # run folder for texts and bank (default: runs/eval)
+             verify:str="", # a <task>.csv from an earlier run: grade its answers again, compare, and do nothing else
             ):
     "Train held-out diffs, ask them by every method what they were trained on, and grade the answers."
-    started = time.perf_counter()
     with command("dit_eval"):
-        for what, value, valid in (("task", task, TASKS), ("trigger kind", trigger_kind, TRIGGERS), ("decoding", decoding, TOKENS), ("judge", judge, JUDGES), ("guesser", guesser, GUESSERS)): choose(what, value, valid)
-        base = load_base(base)
-        adapters, trainer = adapters_for(task, base, adapter), trainer_of(task, base, adapter)
-        bank, folder, recipe = fresh_diffs(base, task, n_diffs, run, rank, steps, trigger_kind)
-        trained, shown = time.perf_counter(), expression_of(base, bank, task, seed)
-        results = evaluate(base, bank, adapters, task, seed, decoding, judge, guesser, agents, folder/"replies.jsonl")
-        folder = Path(out)/base.name.replace("/", "--") if out else folder/"results"
-        save_evaluation(folder, task, base, bank, adapters, trainer, results, shown, recipe, seed=seed, decoding=decoding, judge=judge, guesser=guesser,
-                        seconds=round(time.perf_counter() - started), seconds_asking=round(time.perf_counter() - trained))
-    print(summarise(results)[["n", "missing", "mean", "ci95"]].round(2).to_string(), f"\nresults, expression and norms are in {folder}")
+        check_names(task=task, trigger_kind=trigger_kind, decoding=decoding, judge=judge, guesser=guesser)
+        if verify: return print("{} of {} scores in {} are those of the stored answers".format(*verify_scores(verify, judge_of(judge)), verify))
+        results, shown, folder = run_steps(load_base(base), task, adapter, dict(n_diffs=n_diffs, run=run, rank=rank, steps=steps, trigger_kind=trigger_kind), dict(seed=seed, decoding=decoding, judge=judge, guesser=guesser, agents=agents), out)
+    show, good = lambda part: summarise(part)[["n", "missing", "mean", "ci95"]].round(2).to_string(), expressing(shown)
+    print(show(results), f"\n\nthe same over the {len(good)} diffs that do what they were trained for:\n{show(results[results.diff_id.isin(good)])}\n\nresults, expression and norms are in {folder}")
