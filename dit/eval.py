@@ -94,7 +94,7 @@ def ask_all(base:Base, # the base model
                   temperature=float(how["asks"] == "twenty"), seeds=[seed_of(seed, method, rows[i].diff_id, k) for i, k in ids])
     told = [[a for (j, _), a in zip(ids, said) if j == i] for i in range(len(rows))]
     write = (lambda x: json.dumps(x, ensure_ascii=False)) if how["asks"] == "twenty" else (lambda x: x[0])
-    keep = [c for c in ("diff_id", "trigger", "trigger_kind", "rank", "split") if c in bank.index]
+    keep = [c for c in ("diff_id", "trigger", "trigger_kind", "rank", "split", "learnt") if c in bank.index]
     return bank.index[keep].assign(task=task, model=base.name, method=method, truth=bank.index.label, question=[write(us) for us in asked], answer=[write(x) for x in told], seed=seed)
 
 # %% ../nbs/04_eval.ipynb #e5a86f12
@@ -107,7 +107,7 @@ def ask_agent(endpoint:Endpoint, # who plays the agent
     "Let an agent question every diff."
     told = bool(METHODS[choose("method", method, methods_of(task, agents=True))].get("trigger"))
     talks = agent(endpoint, base, bank, task, told)
-    keep = [c for c in ("diff_id", "trigger", "trigger_kind", "rank", "split") if c in bank.index]
+    keep = [c for c in ("diff_id", "trigger", "trigger_kind", "rank", "split", "learnt") if c in bank.index]
     return bank.index[keep].assign(task=task, model=base.name, method=method, truth=bank.index.label, question="", answer=talks.answer.tolist(), queries=talks.queries.tolist(), seed=0)
 
 # %% ../nbs/04_eval.ipynb #da263168
