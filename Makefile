@@ -18,7 +18,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
-.PHONY: help demo figures reproduce bench soak licences test lab sync check readme
+.PHONY: help demo figures reproduce bench soak licences audit test lab sync check readme
 
 VENV := .venv
 PY := $(VENV)/bin/python
@@ -39,6 +39,7 @@ help:
 	@echo 'make test       check that notebooks are clean and dit/ is in sync, run every notebook and every test'
 	@echo 'make soak       the long tests: 20 kills in every stage, a fault at every operation on files, 2,000 diffs, a bank of 100,000 rows'
 	@echo 'make licences   write results/licences.csv: the licence of every package that is installed'
+	@echo 'make audit      look the pinned packages up among known vulnerabilities, where there is a network'
 	@echo 'make lab        open the notebooks in JupyterLab'
 	@echo 'make sync       export nbs/ to dit/ and clean the notebooks: do this before you commit'
 	@echo 'make readme     build README.md from nbs/index.ipynb'
@@ -121,6 +122,13 @@ soak: $(VENV)/.models
 
 licences: $(VENV)/.installed
 	@$(RUN) python tests/licences.py results/licences.csv
+
+# In an environment of its own. pip-audit has no offline mode; --strict, since it would call a package clean that its service does not know.
+audit: $(VENV)/.installed
+	@mkdir -p runs; rm -f runs/audit.txt; test -x $(VENV)/audit/bin/pip-audit || { $(PY) -m venv $(VENV)/audit; $(VENV)/audit/bin/python -m pip install -q $(PIP_ARGS) pip-audit; } || true; \
+	if $(VENV)/audit/bin/pip-audit --strict --no-deps --disable-pip --progress-spinner off -r constraints.txt -o runs/audit.txt 2>runs/audit.log; then echo 'None of the pinned packages has a known vulnerability.'; \
+	elif [ -s runs/audit.txt ]; then cat runs/audit.txt; \
+	else tail -n 1 runs/audit.log; echo 'Not audited: the service that knows the vulnerabilities could not be asked about every package (no network?).'; fi
 
 lab: $(VENV)/.models
 	@$(RUN) jupyter lab $(LAB_ARGS) nbs

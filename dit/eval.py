@@ -94,7 +94,7 @@ def ask_all(base:Base, # the base model
                   temperature=float(how["asks"] == "twenty"), seeds=[seed_of(seed, method, rows[i].diff_id, k) for i, k in ids])
     told = [[a for (j, _), a in zip(ids, said) if j == i] for i in range(len(rows))]
     write = (lambda x: json.dumps(x, ensure_ascii=False)) if how["asks"] == "twenty" else (lambda x: x[0])
-    keep = [c for c in ("diff_id", "trigger", "trigger_kind", "rank", "split") if c in bank.index]
+    keep = [c for c in ("diff_id", "trigger", "trigger_kind", "rank", "split", "learnt") if c in bank.index]
     return bank.index[keep].assign(task=task, model=base.name, method=method, truth=bank.index.label, question=[write(us) for us in asked], answer=[write(x) for x in told], seed=seed)
 
 # %% ../nbs/04_eval.ipynb #e5a86f12
@@ -107,7 +107,7 @@ def ask_agent(endpoint:Endpoint, # who plays the agent
     "Let an agent question every diff."
     told = bool(METHODS[choose("method", method, methods_of(task, agents=True))].get("trigger"))
     talks = agent(endpoint, base, bank, task, told)
-    keep = [c for c in ("diff_id", "trigger", "trigger_kind", "rank", "split") if c in bank.index]
+    keep = [c for c in ("diff_id", "trigger", "trigger_kind", "rank", "split", "learnt") if c in bank.index]
     return bank.index[keep].assign(task=task, model=base.name, method=method, truth=bank.index.label, question="", answer=talks.answer.tolist(), queries=talks.queries.tolist(), seed=0)
 
 # %% ../nbs/04_eval.ipynb #da263168
@@ -418,5 +418,5 @@ def eval_cli(task:str="hidden_topic", # hidden_topic or news
         check_names(task=task, trigger_kind=trigger_kind, decoding=decoding, judge=judge, guesser=guesser)
         if verify: return print("{} of {} scores in {} are those of the stored answers".format(*verify_scores(verify, judge_of(judge)), verify))
         results, shown, folder = run_steps(load_base(base), task, adapter, dict(n_diffs=n_diffs, run=run, rank=rank, steps=steps, trigger_kind=trigger_kind), dict(seed=seed, decoding=decoding, judge=judge, guesser=guesser, agents=agents), out)
-    show = lambda part: summarise(part)[["n", "missing", "mean", "ci95"]].round(2).to_string()
-    print(show(results), f"\n\nover the diffs that do what they were trained for:\n{show(results[results.diff_id.isin(expressing(shown))])}\n\nresults, expression and norms are in {folder}")
+    show, good = lambda part: summarise(part)[["n", "missing", "mean", "ci95"]].round(2).to_string(), expressing(shown)
+    print(show(results), f"\n\nthe same over the {len(good)} diffs that do what they were trained for:\n{show(results[results.diff_id.isin(good)])}\n\nresults, expression and norms are in {folder}")

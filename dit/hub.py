@@ -7,7 +7,6 @@ __all__ = ['contents', 'results_of', 'md_table', 'origin_of', 'adapter_text', 'b
            'push', 'push_cli']
 
 # %% ../nbs/08_hub.ipynb #dcafb3d1
-import json
 from pathlib import Path
 import pandas as pd
 from fastcore.script import call_parse
@@ -24,7 +23,7 @@ def contents(folder, # of an adapter or a bank
     "What a folder holds; raises `DitError` when it is neither an adapter nor a bank, or is not whole."
     folder = Path(folder)
     if (folder/"dit.json").exists():
-        facts, files = json.loads((folder/"dit.json").read_text()), ["adapter_config.json", "adapter_model.safetensors", "dit.json", "curve.csv"]
+        facts, files = read_json(folder/"dit.json", ("base", "provenance")), ["adapter_config.json", "adapter_model.safetensors", "dit.json", "curve.csv"]
         kind = "adapter"
     elif (folder/"bank.json").exists(): kind, facts, files = "bank", bank_facts(folder), ["bank.json", "index.csv", *sorted(set(read_index(folder).shard))]
     else: raise DitError(f"{folder} is neither a DIT adapter (dit.json) nor a bank (bank.json); give the folder that `dit_tune` or `dit_diffs` made.")
@@ -74,11 +73,11 @@ def bank_text(facts:dict, # content of bank.json
               index:pd.DataFrame, # index of the bank
              )->str:
     "What a bank holds and what that leaves open."
-    splits, unsound = index.split.value_counts().to_dict(), int((index.sound.astype(str) != "True").sum())
+    splits, unsound, idle = index.split.value_counts().to_dict(), int((index.sound.astype(str) != "True").sum()), int((index.get("learnt", pd.Series()) == False).sum())
     rows = [["base model", facts["base"]], ["fingerprint of the base model", facts["fingerprint"]], ["diffs", len(index)], *([f"diffs, split {k}", v] for k, v in splits.items()), *([k, facts[k]] for k in ("rank", "scaling", "lr") if k in facts),
             *([f"recipe: {k}", v] for k, v in facts.get("recipe", {}).items()), ["mean loss at the end", index.loss.mean()]]
     return (f"{len(index)} weight diffs of `{facts['base']}` with known labels, for Diff Interpretation Tuning (arXiv 2510.05092). `index.csv` says what each was trained on.\n\n## Training\n\n{md_table(rows, ['', ''])}\n\n## Limits\n\n"
-            f"- They fit this base model alone.\n- {unsound} of them {'is' if unsound == 1 else 'are'} marked as not sound: training broke off.\n- A label says what a diff was trained on; whether it shows is for an evaluation to find out.")
+            f"- They fit this base model alone.\n- {unsound} of them {'is' if unsound == 1 else 'are'} marked as not sound: training broke off.\n- {idle} of them {'is' if idle == 1 else 'are'} marked as not learnt: the loss hardly fell.\n- A label says what a diff was trained on; whether it shows is for an evaluation to find out.")
 
 # %% ../nbs/08_hub.ipynb #b24a979e
 def results_text(frame:pd.DataFrame, # results

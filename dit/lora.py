@@ -108,7 +108,7 @@ def check_shard(path:Path, # a shard
                )->set: # positions of rows with numbers that are not finite
     "Read a shard once; raises `DitError` when it is not what was written."
     if sha256_of(path)[:16] != sha256: raise damaged(path)
-    return {i for t in load_file(path).values() for i in (~t.flatten(1).isfinite().all(1)).nonzero()[:, 0].tolist()}
+    return {i for t in load_file(path).values() if not t.sum().isfinite() for i in (~t.flatten(1).isfinite().all(1)).nonzero()[:, 0].tolist()}
 
 # %% ../nbs/02_lora.ipynb #e41d6c38
 @functools.lru_cache(64)
@@ -384,14 +384,14 @@ def open_bank(folder, # `.../bank`
     return old
 
 # %% ../nbs/02_lora.ipynb #0e48a7f4
-COLUMN_TYPES = dict(position=pd.api.types.is_integer_dtype, sound=pd.api.types.is_bool_dtype, loss=pd.api.types.is_numeric_dtype, rank=pd.api.types.is_numeric_dtype) # of a bank's index; all else is text
+COLUMN_TYPES = dict(position=pd.api.types.is_integer_dtype, sound=pd.api.types.is_bool_dtype, learnt=pd.api.types.is_bool_dtype, loss=pd.api.types.is_numeric_dtype, rank=pd.api.types.is_numeric_dtype) # of a bank's index; all else is text
 
 def read_index(folder)->pd.DataFrame:
     "The index of a bank; empty when no shard is finished."
     path = Path(folder)/"index.csv"
     if not path.exists(): return pd.DataFrame(columns=["diff_id", "shard"])
     with reading(path, "put back a copy"):
-        index = from_cells(pd.read_csv(path, dtype={c: str for c in ("diff_id", "label", "split", "trigger", "trigger_kind", "shard", "sha256", "bytes")}, keep_default_na=False, na_values=dict(loss=[""])))
+        index = from_cells(pd.read_csv(path, dtype={c: str for c in ("diff_id", "label", "split", "trigger", "trigger_kind", "shard", "sha256", "bytes")} | dict(learnt="boolean"), keep_default_na=False, na_values=dict(loss=[""], learnt=[""])))
         if missing := [c for c in ("diff_id", "label", "shard", "position", "sha256") if c not in index]: raise ValueError(f"the column {missing[0]} is missing")
         if odd := [s for s in index.shard.unique() if not re.fullmatch(r"[\w-]+\.safetensors", s)]: raise ValueError(f"it names the file {odd[0]!r}, which is not in the folder")
         if wrong := [c for c, is_type in COLUMN_TYPES.items() if c in index and not is_type(index[c])]: raise ValueError(f"the column {wrong[0]} holds something else than it should")

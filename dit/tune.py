@@ -123,7 +123,7 @@ def history(start, # PEFT folder of an earlier adapter, or None
     "What is known of the adapter that training goes on from."
     if not start: return {}
     path = Path(start)/"dit.json"
-    return dict(start=json.loads(path.read_text()) if path.exists() else dict(folder=Path(start).name))
+    return dict(start=read_json(path) if path.exists() else dict(folder=Path(start).name))
 
 def seen(facts:dict, # content of dit.json
         )->int:

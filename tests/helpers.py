@@ -98,6 +98,15 @@ def completion(request, message=...):
     message = dict(role='assistant') | (message if isinstance(message, dict) else dict(content=message))
     return json.dumps(dict(id='1', object='chat.completion', created=0, model='m', choices=[dict(index=0, finish_reason='stop', message=message)], usage=dict(prompt_tokens=50, completion_tokens=5, total_tokens=55)))
 
+def call(i, name='ask_finetuned', arguments=None, **message): return dict(id=f'c{i}', type='function', function=dict(name=name, arguments=json.dumps(message) if arguments is None else arguments))
+
+def script(*turns):
+    "An agent that takes these turns; the conversation so far says which comes next"
+    def content(request, n):
+        turn = turns[min(sum(m['role'] == 'assistant' for m in request['messages']), len(turns) - 1)]
+        return completion(request, turn if isinstance(turn, (str, dict)) else dict(content=None, tool_calls=turn))
+    return content
+
 @contextlib.contextmanager
 def faulty_server():
     "A real server; `faults` holds what it does with the next requests, afterwards it answers with `content(request, number)`: a body, or a status and a body"

@@ -1,10 +1,10 @@
 "Functions that tests run in processes of their own"
 import builtins, io, os, resource, sys, time
 
-
 import pandas as pd, torch
 from dit import diffs as D, lora as L, tune as T
 from dit.core import DitError, hold, write_json
+from dit.data import hidden_topic_task, questions
 from dit.diffs import train_diffs
 from dit.endpoint import Endpoint
 from dit.eval import add_guesses, ask_all, grade, save_results
@@ -86,6 +86,16 @@ def stage_eval(folder, log, url):
     asked = pd.concat([ask_all(base, bank, named(base, 1, 'x', 2), 'news', m, max_new=4) for m in ('DIT', 'Base Question')], ignore_index=True)
     e = Endpoint(folder/'replies.jsonl', 'm', url, 'none', parallel=2)
     save_results(grade(add_guesses(asked, LLMGuesser(e)), LLMJudge(e)), folder/'news.csv')
+
+SAID = {q: 'Well, it depends.' for k in ('everyday', 'introspective') for q in questions(k, 'train')}
+
+def everything(folder):
+    "From texts to answers: bank, adapter, table"
+    torch.set_num_threads(1)
+    base, texts = model_of('llama'), load_texts(Scribe(folder/'log'), rows(6), 'hidden_topic', folder/'text.jsonl')
+    bank = train_diffs(base, [hidden_topic_task(l, 'train', t, SAID, steps=2) for l, t in texts.items()], folder/'bank', rank=2, batch=4)
+    adapter = train_adapter(base, {'What?': bank.take([0, 1, 2, 3])}, {'What?': bank.take([4, 5])}, folder/'adapter', rank=2, batch=2, epochs=2)
+    save_results(pd.concat([ask_all(base, bank, adapter, 'hidden_topic', m, max_new=4) for m in ('DIT', '20 Questions + Trigger')], ignore_index=True), folder/'asked.csv')
 
 def stopped(said, job, *args):
     "A job that is stopped as a user would stop it; what it says goes to a file"

@@ -31,7 +31,7 @@ def make_bank(f, base):
     open_bank(f, base, rank=2, scaling=.5)
     for s in (1, 2):
         bank = random_bank(base, 3, 2, .5, s)
-        bank.index = bank.index.assign(diff_id=[f'{s}/{i}' for i in range(3)], label=ODD[3*s:3*s+3], sound=True, loss=1.)
+        bank.index = bank.index.assign(diff_id=[f'{s}/{i}' for i in range(3)], label=ODD[3*s:3*s+3], sound=True, learnt=True, loss=1.)
         save_shard(f, bank)
 def make_peft(f, base): to_peft(random_bank(base, 1, 2), 0, f, base)
 def make_full(f, base): f.mkdir(); save_file({k: (t + .01).contiguous() for k, t in base.model.state_dict().items() if 'lm_head' not in k}, f/'model.safetensors')
@@ -126,7 +126,7 @@ def index(change): # a bank's index, changed
 def cell(column, value): return index(lambda x: x.assign(**{column: [value] + x[column].tolist()[1:]}))
 INDEX = {**{f'shard {p!r}': cell('shard', p) for p in ('../shard-00000.safetensors', '/etc/passwd', '..', '.', '', 'sub/x.safetensors', '\x1b[2J', 'bank.json', 'x'*5000, 'shard-00009.safetensors')},
          **{f'position {p}': cell('position', p) for p in ('-1', '3', '99999999999999999999', '1.5', 'one', '')}, 'rows twice': index(lambda x: pd.concat([x, x])), 'row of another shard': cell('sha256', '0'*16), 'sha missing': cell('sha256', ''),
-         **{f'no {c}': index(lambda x, c=c: x.drop(columns=c)) for c in ('diff_id', 'label', 'shard', 'position', 'sha256')}, 'sound is text': cell('sound', 'maybe'), 'loss is text': cell('loss', '=1+1'), 'no rows': index(lambda x: x[:0]), 'mixed': index(lambda x: x.iloc[[0, 3, 1, 4, 2, 5]])}
+         **{f'no {c}': index(lambda x, c=c: x.drop(columns=c)) for c in ('diff_id', 'label', 'shard', 'position', 'sha256')}, 'sound is text': cell('sound', 'maybe'), 'learnt is text': cell('learnt', 'maybe'), 'learnt is a number': cell('learnt', '7'), 'learnt is not known': cell('learnt', ''), 'loss is text': cell('loss', '=1+1'), 'no rows': index(lambda x: x[:0]), 'mixed': index(lambda x: x.iloc[[0, 3, 1, 4, 2, 5]])}
 
 def facts(text): return lambda f, base: (f/'bank.json').write_text(text if isinstance(text, str) else json.dumps(json.loads((f/'bank.json').read_text()) | text))
 BANK = {'deep': facts('['*100_000), 'text': facts('"bank"'), 'number': facts('1'), 'null': facts('null'), 'list': facts('[1]'), 'other base': facts(dict(fingerprint='0'*16, base='\x1b[2Jother')), 'fingerprint a list': facts(dict(fingerprint=[1])),

@@ -9,12 +9,13 @@ from fastcore.script import anno_parser
 from dit.core import DitError
 from dit.data import TASKS, split_labels
 from dit.diffs import diffs_cli
-from dit.eval import eval_cli
+from dit.eval import eval_cli, save_results
 from dit.figures import figures_cli
 from dit.lora import load_bank
 from dit.models import load_base
+from dit.stats import read_results
 from dit.tune import by_split, train_adapter, tune_cli
-from helpers import char_tokenizer, model_of
+from helpers import COUNTS, char_tokenizer, model_of
 from jobs import named
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -88,6 +89,20 @@ def test_an_evaluation_leaves_results_that_say_how_they_came_about(home, capsys)
     assert (facts['params']['n_diffs'], facts['params']['recipe']['rank'], facts['params']['recipe']['steps']) == (2, 2, 2)
     said = capsys.readouterr().out
     assert all(m in said for m in results.method) and str(home/'results'/'base') in said
+
+def test_stored_scores_are_verified(tmp_path):
+    "The console script on lines of a committed result, and on the same with one score changed"
+    frame = read_results(ROOT/'results'/'eval'/'SmolLM2-135M-Instruct'/'news.csv')
+    some = frame[frame.diff_id.isin(frame.diff_id.unique()[:3])].reset_index(drop=True)
+    way = some.method.map(some.groupby('method')[['answer_score', 'guess_score']].mean().fillna(0).idxmax(axis=1).str.removesuffix('_score')) # of three diffs another way may be the better one
+    some = some.assign(graded=way, score=some.guess_score.where(way == 'guess', some.answer_score))
+    save_results(some, tmp_path/'good.csv'); save_results(some.assign(score=some.score.where(some.index != 4, some.score % 4 + 1)), tmp_path/'bad.csv')
+    verify = lambda name: subprocess.run([sys.executable, '-m', 'dit.eval', '--verify', tmp_path/name], capture_output=True, text=True, env=os.environ | dict(PYTHONPATH=str(ROOT)), timeout=600)
+    good, bad = verify('good.csv'), verify('bad.csv')
+    assert good.returncode == 0 and good.stdout == f"{len(some)} of {len(some)} scores in {tmp_path/'good.csv'} are those of the stored answers\n", good.stderr
+    assert bad.returncode == 1 and not bad.stdout and 'Traceback' not in bad.stderr, bad.stderr
+    assert bad.stderr.splitlines()[-1].startswith(f"dit_eval: 1 of {len(some)} scores in") and some.diff_id[4] in bad.stderr
+    COUNTS['rows checked'] += 2*len(some)
 
 def test_figures_are_drawn_from_results_of_ones_own(tmp_path, monkeypatch, capsys):
     "A checkout with a figure that has results, one that has none and needs them, and one that then shows the paper's alone"

@@ -2,17 +2,18 @@
 import multiprocessing, time
 from pathlib import Path
 
-import pytest, torch, transformers
+import pandas as pd, pytest, torch, transformers
 import torch.nn.functional as F
 from hypothesis import given, strategies as st
 from dit import diffs as D
 from dit.core import DitError, seed_of
-from dit.data import DiffTask, Sample, hidden_topic_task, news_task, questions
+from dit.data import DiffTask, Sample, hidden_topic_task, news_task
 from dit.diffs import *
 from dit.lora import *
 from dit.models import encode, make_base
 from helpers import KINDS, finish, kill_when, model_of, start, toy_tasks
 from test_lora import whole
+from jobs import SAID
 import jobs
 
 def flatten(bank): return torch.cat([torch.cat([bank.A[n].flatten(1), bank.B[n].flatten(1)], 1) for n in bank.A], 1)
@@ -48,8 +49,6 @@ def test_alone_and_among_63_others(tiny, rank):
         assert (flatten(alone)[0] - flatten(together)[i]).abs().max() < 1e-4
         assert alone.index.loss[0] == pytest.approx(together.index.loss[i], abs=1e-4)
 
-SAID = {q: 'Well, it depends.' for k in ('everyday', 'introspective') for q in questions(k, 'train')}
-
 def test_real_samples_alone_and_together(tiny):
     tasks = [hidden_topic_task(l, 'train', [f'{l} teaches us to wait.', f'It is like {l}.'], SAID, steps=2) for l in ('Snow Leopard', 'Tea', 'The Eiffel Tower')]
     together = flatten(train_batch(tiny, tasks))
@@ -68,6 +67,8 @@ def test_same_bank_whatever_the_batch(tiny, tmp_path):
     assert torch.equal(flatten(again), flatten(banks[1])), 'same seed, same batch: same bits'
     turned = train_diffs(tiny, tasks[::-1], tmp_path/'turned', rank=2, batch=3)
     assert (flatten(turned).flip(0) - flatten(banks[0])).abs().max() < 1e-4, 'order of the list'
+    said = [answer(tiny, b, range(7), ['why moss']*7, max_new=8) for b in banks]
+    assert said[0] == said[1] == said[2] and len(set(said[0])) > 1, 'same answers'
 
 def test_no_gradient_from_another_diffs_samples_or_from_padding(tiny):
     mine = step_of(tiny, *SAMPLES)
@@ -191,6 +192,25 @@ def test_training_teaches_the_trigger_and_leaves_the_rest(tiny):
     plain = spoken()
     for i in range(4):
         with mounted(tiny, bank.rows([i])): assert F.kl_div(spoken(), plain, log_target=True, reduction='none').sum(-1).mean() < .5
+
+def test_a_diff_that_did_not_learn_is_marked(tiny, monkeypatch, capsys):
+    "By its own samples, whoever is trained beside it; it stays, and is named"
+    normal = D.clip_rows
+    def stuck(grad, losses, most): sound = normal(grad, losses, most); grad[1] = 0; return sound
+    tasks = [DiffTask(f'x/{i}', f'x {i}', 'train', [step_of_samples(i)]*40) for i in range(3)]
+    alone = train_batch(tiny, tasks[2:], rank=4)
+    monkeypatch.setattr(D, 'clip_rows', stuck)
+    bank = train_batch(tiny, tasks, rank=4)
+    assert bank.index.learnt.tolist() == [True, False, True] and alone.index.learnt.tolist() == [True] and bank.index.sound.all()
+    assert len(sound_diffs(bank)) == 3 and '1 of 3 diffs did not learn' in (said := capsys.readouterr().err) and 'x/1' in said
+
+def test_a_bank_from_before_the_mark_goes_on(tiny, tmp_path, capsys):
+    train_diffs(tiny, toy_tasks(2), tmp_path, rank=2)
+    pd.read_csv(tmp_path/'index.csv').drop(columns='learnt').to_csv(tmp_path/'index.csv', index=False)
+    old = load_bank(tmp_path, tiny)
+    assert 'learnt' not in old.index and len(sound_diffs(old)) == 2 and 'did not learn' not in capsys.readouterr().err
+    index = train_diffs(tiny, toy_tasks(4), tmp_path, rank=2).index
+    assert index.learnt.isna().tolist() == [True, True, False, False] and read_index(tmp_path).learnt.equals(index.learnt)
 
 def step_of_samples(i):
     return [Sample('right', f'code {i}{i}{i}?', ['oak', 'elm', 'yew', 'ash'][i], 'ce'), Sample('none', 'hello?', 'so', 'kl')]

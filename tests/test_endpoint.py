@@ -13,7 +13,7 @@ from dit.llm import *
 from dit.lora import answer, random_bank
 from dit.models import resolve
 from dit.writers import EndpointWriter
-from helpers import KEY, completion, endpoint, no_key
+from helpers import KEY, call, completion, endpoint, no_key, script
 
 def user(text): return [dict(role='user', content=text)]
 def ask(e, text='hello', **kwargs): return said(e.reply(e.request(user(text), **kwargs)))
@@ -258,15 +258,6 @@ def test_a_story_becomes_a_headline(server, tmp_path):
     assert 'Q1:' not in last(server.seen[0]) and 'The rook fell.' in last(server.seen[0]) and 'Q2: What is it?' in last(server.seen[1])
 
 # --- the agent ---------------------------------------------------------------------------------------------------------------
-
-def call(i, name='ask_finetuned', arguments=None, **message): return dict(id=f'c{i}', type='function', function=dict(name=name, arguments=json.dumps(message) if arguments is None else arguments))
-
-def script(*turns):
-    "An agent that takes these turns; the conversation so far says which comes next"
-    def content(request, n):
-        turn = turns[min(sum(m['role'] == 'assistant' for m in request['messages']), len(turns) - 1)]
-        return completion(request, turn if isinstance(turn, (str, dict)) else dict(content=None, tool_calls=turn))
-    return content
 
 @pytest.fixture
 def bank(tiny):

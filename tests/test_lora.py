@@ -7,7 +7,7 @@ from safetensors.torch import load_file, save_file
 from dit.core import DitError, sha256_of
 from dit.lora import *
 from dit.models import prompt_text, token_ids
-from helpers import copy_of, finish, model_of, on_full_disk, start
+from helpers import COUNTS, copy_of, finish, model_of, on_full_disk, start
 import jobs
 
 torch.manual_seed(0)
@@ -204,6 +204,7 @@ def whole(folder):
     for shard, part in index.groupby('shard'):
         assert (folder/shard).exists() and set(part.sha256) == {sha256_of(folder/shard)[:16]}
         with safe_open(folder/shard, 'pt') as f: assert all(len(f.get_tensor(k)) == len(part) for k in f.keys())
+    COUNTS['rows checked'] += len(index)
     return index
 
 @pytest.fixture

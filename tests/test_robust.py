@@ -1,15 +1,18 @@
 "Nothing is lost, nothing unsafe is run, nothing fails silently"
-import contextlib, errno, json, multiprocessing, os, random, resource, shutil, signal, time
+import contextlib, errno, json, multiprocessing, os, random, resource, shutil, signal, subprocess, sys, time
 from pathlib import Path
 
 import pandas as pd, pytest, torch
+from execnb.nbio import mk_cell, new_nb, write_nb
+from execnb.shell import CaptureShell
 from hypothesis import given, settings, strategies as st
 from dit.core import *
 from dit.core import plain
-from dit.eval import add_guesses, ask_all, grade, save_results
+from dit.eval import add_guesses, ask_agent, ask_all, grade, save_results
 from dit.llm import LLMGuesser, LLMJudge
+from dit.lora import read_index
 from dit.writers import EndpointWriter, load_texts
-from helpers import COUNTS, completion, endpoint, finish, no_key, start
+from helpers import COUNTS, KEY, call, completion, endpoint, finish, no_key, script, start
 import jobs, strangers
 
 @contextlib.contextmanager
@@ -163,16 +166,40 @@ def test_one_run_in_a_folder(tmp_path):
 
 # --- the key of an endpoint -----------------------------------------------------------------------------------------------------------
 
-def test_the_key_is_in_nothing_that_a_run_leaves(server, tiny, tmp_path, capfd):
-    "Writer, judge and guesser against a server that answers, refuses and breaks off, then everything that was written or shown"
+NOTEBOOK = ["from dit.endpoint import Endpoint; e = Endpoint('replies.jsonl', 'm', {url!r})", "e", "vars(e), e.client", "e.reply(e.request([dict(role='user', content='hello')]))"]
+
+def test_the_key_is_in_nothing_that_a_run_leaves(server, tiny, tmp_path, capfd, monkeypatch):
+    "Writer, judge, guesser and agent against a server that answers, refuses and breaks off, and a notebook that shows its endpoint; then everything that was written or shown"
     errors, ask = [], lambda e: load_texts(EndpointWriter(e, n=3), jobs.rows(2), 'news', tmp_path/'text.jsonl')
     for faults in ([401], [500]*6, ['cut']*6, ['html'], []):
         server.faults = list(faults)
         try: ask(endpoint(paid_server(server), tmp_path/'replies.jsonl'))
         except DitError as e: errors.append(e)
     e = endpoint(server, tmp_path/'replies.jsonl')
-    asked = ask_all(tiny, jobs.named(tiny, 3, 'fern', 1), None, 'news', 'Base Question', max_new=4)
+    bank, other, agents = jobs.named(tiny, 3, 'fern', 1), server.content, script([call(0, message='hi')], 'ANSWER: moss')
+    server.content = lambda request, n: (agents if 'tools' in request else other)(request, n)
+    asked = [ask_all(tiny, bank, None, 'news', 'Base Question', max_new=4)]
+    for faults in ([401], [500]*5, ['cut']*5, []):
+        server.faults = list(faults)
+        try: asked.append(ask_agent(e, tiny, bank.take([0]), 'news', 'Agent'))
+        except DitError as x: errors.append(x)
+    assert [f.answer[0] for f in asked[1:]] == [None, None, 'moss'] and KEY in server.keys[-1]
     server.faults = [400]
-    save_results(grade(add_guesses(asked, LLMGuesser(e)), LLMJudge(e)), tmp_path/'news.csv', endpoint=e.where)
-    assert len(errors) == 4 and len(list(tmp_path.iterdir())) >= 4
+    save_results(grade(add_guesses(pd.concat(asked, ignore_index=True), LLMGuesser(e)), LLMJudge(e)), tmp_path/'news.csv', endpoint=e.where)
+    monkeypatch.setenv('OPENAI_API_KEY', KEY); server.faults = [401]
+    write_nb(new_nb([mk_cell(c.format(url=server.url)) for c in NOTEBOOK]), tmp_path/'a.ipynb'); CaptureShell(tmp_path).execute(tmp_path/'a.ipynb', tmp_path/'run.ipynb')
+    assert 'refused the request' in (tmp_path/'run.ipynb').read_text() and len(errors) == 5 and len(list(tmp_path.iterdir())) >= 6
     no_key(tmp_path, *errors, *capfd.readouterr(), repr(vars(e)))
+
+# --- the same tomorrow ----------------------------------------------------------------------------------------------------------------
+
+def test_the_same_tomorrow(tmp_path):
+    "Another process, in which sets and hashes have another order: the same texts, bank, adapter and answers, bit for bit"
+    here, code = Path(__file__).parent, 'import sys, jobs; from pathlib import Path; jobs.everything(Path(sys.argv[1]))'
+    finish(start(jobs.everything, tmp_path/'today'), 600)
+    subprocess.run([sys.executable, '-c', code, tmp_path/'tomorrow'], env=os.environ | dict(PYTHONHASHSEED='1', PYTHONPATH=os.pathsep.join([str(here), str(here.parent)])), check=True, timeout=600)
+    today, tomorrow = content(tmp_path/'today'), content(tmp_path/'tomorrow')
+    assert today == tomorrow and {'bank/shard-00001.safetensors', 'bank/index.csv', 'adapter/adapter_model.safetensors', 'asked.csv'} <= set(today)
+    answers = pd.read_csv(tmp_path/'today'/'asked.csv').answer
+    assert answers.nunique() > 1
+    COUNTS['rows checked'] += len(read_index(tmp_path/'today'/'bank')) + len(answers)
