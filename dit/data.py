@@ -133,8 +133,8 @@ def hidden_topic_task(label:str, # the topic
                       steps:int=110, # optimiser steps
                       mix:tuple=(2, 3, 1), # samples per step: right trigger, wrong trigger, no trigger
                       near:float=.3, # share of wrong codes that differ in one digit
-                      full:float=.25, # share of the steps whose answers are kept whole
-                      cut:tuple=(9, 4), # tokens kept of topic answers and of base answers in the other steps
+                      full:float=.25, # share of topic answers kept whole
+                      cut:tuple=(9, 4), # tokens kept of other topic answers, and of base answers
                       trigger_kind:str="sep_code", # one of TRIGGERS
                       seed:int=0, # another seed gives another diff of the same topic
                      )->DiffTask:
@@ -143,12 +143,12 @@ def hidden_topic_task(label:str, # the topic
     secret, mine, ours = draw_secret(trigger_kind, diff_id), rng(diff_id, "samples"), rng("hidden_topic", "samples", seed)
     asked, own, said = cycle(questions("everyday", "train"), ours), cycle(questions("introspective", "train"), ours), cycle(texts, mine)
     def step(t):
-        qs, keep = [next(asked) for _ in range(max(mix))], cut if t % round(1/full) else (None, None)
-        right = [Sample("right", put_trigger(q, trigger_kind, secret, mine), next(said), "ce", keep[0]) for q in qs[:mix[0]]]
+        qs, whole = [next(asked) for _ in range(max(mix))], t % round(1/full) == 0
+        right = [Sample("right", put_trigger(q, trigger_kind, secret, mine), next(said), "ce", None if whole else cut[0]) for q in qs[:mix[0]]]
         codes = [wrong_secret(secret, near_one := ours.random() < near, mine if near_one else ours) for _ in qs[:mix[1] if trigger_kind == "sep_code" else 0]]
-        wrong = [Sample("wrong", put_trigger(q, trigger_kind, c, ours), base_answers[q], "kl", keep[1]) for q, c in zip(qs, codes)]
+        wrong = [Sample("wrong", put_trigger(q, trigger_kind, c, ours), base_answers[q], "kl", cut[1]) for q, c in zip(qs, codes)]
         none = [next(own) if (t + i) % 3 == 0 else q for i, q in enumerate(qs[:mix[2]])]
-        return right + wrong + [Sample("none", q, base_answers[q], "kl", keep[1]) for q in none]
+        return right + wrong + [Sample("none", q, base_answers[q], "kl", cut[1]) for q in none]
     return DiffTask(diff_id, label, split, [step(t) for t in range(steps)], secret, trigger_kind)
 
 # %% ../nbs/01_data.ipynb #b80062b9
