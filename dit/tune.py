@@ -206,7 +206,7 @@ def fit(acc:Accelerator, # devices and processes
         curve = pd.DataFrame([*curve.to_dict("records"), dict(epoch=epoch + 1) | loss]); acc.log(loss, step=epoch + 1)
         if not acc.is_main_process: continue
         if loss["val_loss"] <= curve.val_loss.min(): to_peft(adapter.lora.bank(pd.DataFrame(dict(diff_id=["adapter"], label=[""])), torch.bfloat16), 0, folder, base)
-        save_state(folder/"checkpoint.pt", adapter, opt, sched, curve, facts); write_csv(folder/"curve.csv", curve)
+        write_csv(folder/"curve.csv", curve); save_state(folder/"checkpoint.pt", adapter, opt, sched, curve, facts) # the checkpoint last: an epoch that it holds is not done again
     return int(curve.val_loss.idxmin()) + 1
 
 # %% ../nbs/03_tune.ipynb #a30752ef
