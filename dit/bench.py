@@ -592,14 +592,19 @@ def products(base:Base, # a base model
 # %% ../nbs/07_bench.ipynb #aabac77c
 def growth_table(base:Base, # a small base model
                  sizes:list, # numbers of diffs
+                 most:int, # diffs in one pass; more come batch by batch, as in `train_diffs`
                  steps:int, # of each
                  repeats:int, # rounds that count
                 )->pd.DataFrame:
-    "What a diff costs, by how many are trained together."
+    "What a diff costs, by how many are trained."
     tasks, full = bench_tasks(max(sizes), steps, short=True), RECIPES["hidden_topic"]["steps"]
-    runs = interleave({n: lambda tell, n=n: our_diffs(base, tasks[:n], 1, 1e-2, tell) for n in sizes}, repeats, base.device)
-    def seconds(r, n): setup, each = pace(r, 1); return (setup + each*full/steps*sum(u for _, u in r["marks"]))/n
-    return table([row(f"{n} diffs", "float32", runs[n], lambda r, n=n: seconds(r, n), f"steps: {steps} of {full}", **{} if runs[n][-1]["error"] else {"matrix products": products(base, n)}) for n in sizes], f"{sizes[0]} diffs")
+    def train(n, tell):
+        teacher = Teacher(base)
+        for i in range(0, n, most): train_batch(base, tasks[i:min(n, i + most)], 1, 1e-2, tell=tell, teacher=teacher)
+    runs = interleave({n: lambda tell, n=n: train(n, tell) for n in sizes}, repeats, base.device)
+    def seconds(r, n): groups = math.ceil(n/most); setup, each = pace(r, groups); return (groups*setup + each*full/steps*sum(u for _, u in r["marks"]))/n
+    more = lambda n: {} if runs[n][-1]["error"] else {"matrix products": products(base, min(n, most))}
+    return table([row(f"{n} diffs", "float32", runs[n], lambda r, n=n: seconds(r, n), f"steps: {steps} of {full}, diffs in each: {min(n, most)}", **more(n)) for n in sizes], f"{sizes[0]} diffs")
 
 # %% ../nbs/07_bench.ipynb #5fff456b
 def save_tables(tables:dict, # title -> table
