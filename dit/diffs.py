@@ -430,12 +430,13 @@ def make_diffs(base:Base, # the base model
                rows:pd.DataFrame, # labels with their split, from `split_labels`
                folder, # run folder; receives text.jsonl and bank/
                writer=None, # default: the base model itself
+               text=None, # file of texts that several banks share; default: the folder's own
                **recipe, # in place of `RECIPES[task]`: rank, lr, batch, and arguments of the task's samples
               )->Bank:
     "Write texts for some labels and train their diffs; what is there already is kept."
     recipe = RECIPES[choose("task", task, TASKS)] | recipe
     train = {k: recipe.pop(k) for k in ("rank", "lr", "batch")}
-    texts = load_texts(writer or OfflineWriter(base), rows, task, Path(folder)/"text.jsonl")
+    texts = load_texts(writer or OfflineWriter(base), rows, task, text or Path(folder)/"text.jsonl")
     return train_diffs(base, make_tasks(base, task, rows, texts, **recipe), Path(folder)/"bank", recipe=recipe, **train)
 
 # %% ../nbs/02_diffs.ipynb #3b81c669

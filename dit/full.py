@@ -39,8 +39,10 @@ def step_loss(base:Base, # the base model
              )->torch.Tensor: # []
     "The weighted loss of one step."
     kinds, uses, rows = zip(*samples)
-    h, row, place, target = answer_states(student, rows, len(rows) if share else 1)
-    logp, kl = logits(student, h).log_softmax(-1), torch.tensor([u == "kl" for u in uses], device=base.device)[row]
+    with torch.autocast(base.device.type, base.dtype, enabled=base.dtype != torch.float32):
+        h, row, place, target = answer_states(student, rows, len(rows) if share else 1)
+        scores = logits(student, h)
+    logp, kl = scores.log_softmax(-1), torch.tensor([u == "kl" for u in uses], device=base.device)[row]
     losses = -logp.gather(1, target[:, None])[:, 0]
     if kl.any():
         with torch.no_grad(): ref = logits(base, teacher([r for r, u in zip(rows, uses) if u == "kl"], share)).log_softmax(-1)
@@ -59,15 +61,12 @@ def train_full(base:Base, # the base model
               )->tuple: # (the finetuned model, its line of an index)
     "Finetune all parameters on one diff's samples; a loss that becomes no number ends the training."
     (student, chosen), teacher, data, losses = student_of(base, linear_only), teacher or Teacher(base), tokenise(base, task), []
-    opt, kind = torch.optim.Adam(chosen, lr=lr, betas=(.9, .99), fused=True), "eager" if base.device.type == "cpu" else "sdpa"
-    with attention(base, kind), attention(student, kind):
-        share = can_share(base, max(len(ids) for step in data for _, _, (ids, _) in step))
-        for t, samples in enumerate(data):
-            opt.param_groups[0]["lr"] = lr*schedule(t, len(data))
-            with torch.autocast(base.device.type, base.dtype, enabled=base.dtype != torch.float32): loss = step_loss(base, student, teacher, samples, share)
-            loss.backward(); losses.append(loss.detach()[None])
-            if not torch.nn.utils.clip_grad_norm_(chosen, clip).isfinite(): losses.append(loss.new_tensor([math.nan])); break
-            opt.step(); opt.zero_grad()
+    opt, share = torch.optim.Adam(chosen, lr=lr, betas=(.9, .99), fused=True), can_share(base, max(len(ids) for step in data for _, _, (ids, _) in step))
+    for t, samples in enumerate(data):
+        opt.param_groups[0]["lr"] = lr*schedule(t, len(data))
+        loss = step_loss(base, student, teacher, samples, share); loss.backward(); losses.append(loss.detach()[None])
+        if not torch.nn.utils.clip_grad_norm_(chosen, clip).isfinite(): losses.append(loss.new_tensor([math.nan])); break
+        opt.step(); opt.zero_grad()
     student.model.requires_grad_(False).to(base.dtype)
     line = dict(diff_id=task.diff_id, label=task.label, split=task.split, trigger=task.trigger, trigger_kind=task.trigger_kind, rank="full linear" if linear_only else "full")
     return student, pd.DataFrame([line]).assign(**marks(losses, torch.cat(losses[-1:]).isfinite()))

@@ -78,8 +78,8 @@ def test_two_processes_train_the_same_adapter_as_one(home):
     assert said.count('the adapter is in') == 1, 'only the main process speaks'
 
 def test_an_evaluation_leaves_results_that_say_how_they_came_about(home, capsys, monkeypatch):
-    run = home/'eval'/'base'/'news-rank=2-steps=2'; run.mkdir(parents=True)
-    (run/'text.jsonl').write_text(''.join(json.dumps(dict(key=l, value=[f'{l[:20]} it was.'])) + '\n' for l in split_labels('news', 0, 2).label))
+    run, texts = (home/'eval'/'base'/n for n in ('news-rank=2-steps=2', 'news')); texts.mkdir(parents=True) # diffs of other ranks and steps learn from the same texts
+    (texts/'text.jsonl').write_text(''.join(json.dumps(dict(key=l, value=[f'{l[:20]} it was.'])) + '\n' for l in split_labels('news', 0, 2).label))
     base = load_base(str(home/'base'))
     train_adapter(base, *({'What news headline have you been trained on?': named(base, 3, name, 1)} for name in ('fern', 'moss')), home/'mine', rank=2, epochs=1, seed=5)
     go = lambda: eval_cli(task='news', base=str(home/'base'), adapter=str(home/'mine'), n_diffs=2, rank=2, steps=2, run=str(home/'eval'), out=str(home/'results'))
