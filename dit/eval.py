@@ -389,8 +389,9 @@ def run_steps(base:Base, # the base model
     started = time.perf_counter()
     adapters, trainer = adapters_for(task, base, adapter), trainer_of(task, base, adapter)
     bank, folder, recipe = fresh_diffs(base, task, **diffs)
-    trained, shown = time.perf_counter(), expression_of(base, bank, task, how["seed"])
-    results = evaluate(base, bank, adapters, task, **how, replies=folder/"replies.jsonl")
+    trained = time.perf_counter()
+    with stoppable(f"the trained diffs and an endpoint's replies are in {folder}; run the same again to go on."):
+        shown, results = expression_of(base, bank, task, how["seed"]), evaluate(base, bank, adapters, task, **how, replies=folder/"replies.jsonl")
     folder = Path(out)/base.name.replace("/", "--") if out else folder/"results"
     save_evaluation(folder, task, base, bank, adapters, trainer, results, shown, recipe, **how, seconds=round(time.perf_counter() - started), seconds_asking=round(time.perf_counter() - trained))
     return results, shown, folder
