@@ -6,11 +6,11 @@
 __all__ = ['COLUMNS', 'ONE_BY_ONE', 'GOALS', 'now', 'product_rate', 'cpu_name', 'machine', 'bench_tasks', 'tokens_of',
            'sample_weights', 'places', 'collate', 'plain_losses', 'bare', 'fresh', 'start', 'peft_of', 'silent',
            'peft_loop', 'our_diffs', 'DiffTrainer', 'Tell', 'one_by_trainer', 'by_trainer', 'EinsumLora', 'clip_tasks',
-           'published', 'stacked', 'vmap_loss', 'by_vmap', 'compile_layers', 'compiled_diffs', 'differs', 'gate',
-           'one_run', 'interleave', 'pace', 'row', 'table', 'verdict', 'diff_columns', 'diff_table', 'slower',
-           'small_gates', 'DenseDelta', 'fit', 'our_adapter', 'dense_adapter', 'compiled_adapter', 'adapter_columns',
-           'adapter_table', 'say', 'two_adapters', 'ask_reloading', 'ask_peft', 'asking_table', 'Products', 'products',
-           'growth_table', 'save_tables', 'line_of', 'reached', 'goal_table', 'speed_table']
+           'published', 'stacked', 'vmap_loss', 'by_vmap', 'compiled_diffs', 'differs', 'gate', 'one_run', 'interleave',
+           'pace', 'row', 'table', 'verdict', 'diff_columns', 'diff_table', 'slower', 'small_gates', 'DenseDelta',
+           'fit', 'our_adapter', 'dense_adapter', 'compiled_adapter', 'adapter_columns', 'adapter_table', 'say',
+           'two_adapters', 'ask_reloading', 'ask_peft', 'asking_table', 'Products', 'products', 'growth_table',
+           'save_tables', 'line_of', 'reached', 'goal_table', 'speed_table']
 
 # %% ../nbs/07_bench.ipynb #857d01e1
 import copy, gc, json, math, os, platform, tempfile, time
@@ -290,12 +290,6 @@ def by_vmap(base:Base, tasks:list, rank:int, lr:float, tell)->tuple:
     return flat.p.detach().cpu(), torch.stack(losses[-5:]).mean(0)
 
 # %% ../nbs/07_bench.ipynb #77f8495f
-def compile_layers(base:Base): # a base model with hooks, to be changed
-    "Compile the layers of a base model for passes with gradients."
-    for layer in next(m for m in base.body.children() if isinstance(m, nn.ModuleList)):
-        plain = layer.forward; fast = torch.compile(plain, dynamic=True)
-        layer.forward = lambda *args, plain=plain, fast=fast, **kwargs: (fast if torch.is_grad_enabled() else plain)(*args, **kwargs)
-
 def compiled_diffs(base:Base, tasks:list, rank:int, lr:float, tell)->tuple:
     "Train all diffs at once (`dit.diffs`), with compiled layers."
     b = bare(base); hook(b); compile_layers(b)

@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['WEIGHTS', 'LEARNT', 'RECIPES', 'FlatLora', 'prefix_tree', 'tree_mask', 'answer_states', 'can_share', 'Teacher',
            'chunk_losses', 'HeadLoss', 'token_losses', 'diff_losses', 'backward_step', 'clip_rows', 'stop_moving',
-           'schedule', 'tokenise', 'marks', 'train_batch', 'check_tasks', 'untrained', 'rate_on', 'Claims',
-           'train_rest', 'train_diffs', 'sound_diffs', 'make_tasks', 'make_diffs', 'diffs_cli']
+           'schedule', 'tokenise', 'marks', 'train_batch', 'layers_of', 'compile_layers', 'pass_seconds', 'compiled',
+           'check_tasks', 'untrained', 'rate_on', 'Claims', 'train_rest', 'train_diffs', 'sound_diffs', 'make_tasks',
+           'make_diffs', 'diffs_cli']
 
 # %% ../nbs/02_diffs.ipynb #20922195
 import contextlib, json, math, sys, time, uuid
@@ -285,6 +286,43 @@ def train_batch(base:Base, # the base model
     index = pd.DataFrame([dict(diff_id=t.diff_id, label=t.label, split=t.split, trigger=t.trigger, trigger_kind=t.trigger_kind, rank=rank) for t in tasks])
     return flat.bank(index.assign(**marks(losses, sound)))
 
+# %% ../nbs/02_diffs.ipynb #b7e2580d
+def layers_of(base:Base)->torch.nn.ModuleList:
+    "The base model's layers, all alike."
+    return next(m for m in base.body.children() if isinstance(m, torch.nn.ModuleList))
+
+def compile_layers(base:Base): # a base model with hooks, to be changed
+    "Compile the layers of a base model for passes with gradients."
+    for layer in layers_of(base):
+        plain = layer.forward; fast = torch.compile(plain, dynamic=True)
+        layer.forward = lambda *args, plain=plain, fast=fast, **kwargs: (fast if torch.is_grad_enabled() else plain)(*args, **kwargs)
+
+def pass_seconds(base:Base, # a base model
+                 rows:int=8, # in a pass
+                 times:int=3, # that count, after one to warm up
+                )->float:
+    "How long a pass with gradients takes, at best."
+    flat, some, took = FlatLora(base, [0]*rows, 1, 1.), [encode(base, "What is one and one?", "Two.")]*rows, []
+    for _ in range(times + 1):
+        t = time.perf_counter()
+        with mounted(base, flat.mountable()): answer_states(base, some)[0].sum().backward()
+        flat.p.grad.sum().item(); took.append(time.perf_counter() - t)
+    return min(took[1:])
+
+# %% ../nbs/02_diffs.ipynb #5e93ca16
+@contextlib.contextmanager
+def compiled(base:Base # a base model
+            ): # for `with`; True where the layers are compiled inside the block
+    "Train with compiled layers, unless that fails or is not faster on this machine; says which."
+    plain = pass_seconds(base)
+    try: compile_layers(base); gain = plain/pass_seconds(base); why = f"{gain:.2f} times as fast" if gain > 1 else "not used, it is not faster here"
+    except Exception as e: gain, why = 0, f"not used, it failed ({type(e).__name__}: {(str(e).splitlines() or [''])[0][:100]})"
+    print(f"dit: compiled layers: {why}", file=sys.stderr)
+    undo = lambda: [layer.__dict__.pop("forward", None) for m in base.body.children() if isinstance(m, torch.nn.ModuleList) for layer in m]
+    if gain <= 1: undo()
+    try: yield gain > 1
+    finally: undo()
+
 # %% ../nbs/02_diffs.ipynb #4a01333b
 def check_tasks(tasks:list): # `DiffTask`s
     "Raise a `DitError` for tasks that cannot be trained in one bank."
@@ -452,11 +490,13 @@ def diffs_cli(folder:str, # run folder; receives text.jsonl and bank/
               batch:int=None, # diffs trained at once (default: as in the recipe)
               steps:int=None, # optimiser steps of each diff (default: as in the recipe)
               dtype:str=None, # float32, bfloat16 or float16 (default: what is fast on the device)
+              compile:bool=False, # compile the layers, where that is faster: for long runs
              ):
     "Train weight diffs with known labels into a bank; what is there already is kept."
     recipe = {k: v for k, v in dict(rank=rank, lr=lr, batch=batch, steps=steps).items() if v is not None}
     with command("dit_diffs"):
         choose("task", task, TASKS)
-        bank = make_diffs(load_base(base, dtype=dtype), task, split_labels(task, n_train, n_test, n_val), folder, **recipe)
+        base = load_base(base, dtype=dtype)
+        with compiled(base) if compile else contextlib.nullcontext(): bank = make_diffs(base, task, split_labels(task, n_train, n_test, n_val), folder, **recipe)
         sound_diffs(bank) # names those that broke or did not learn
     if first_process(): print(f"{folder}/bank: {len(bank)} diffs of rank {bank.rank}, {bank.index.split.value_counts().to_dict()}, mean loss {bank.index.loss.mean():.3f}")

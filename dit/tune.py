@@ -271,11 +271,12 @@ def tune_cli(bank:str, # bank folder, as from `dit_diffs`
              seed:int=0, # of start and order
              log_with:str=None, # tensorboard, wandb or another tracker that accelerate knows
              dtype:str=None, # float32, bfloat16 or float16 (default: what is fast on the device)
+             compile:bool=False, # compile the layers, where that is faster: for long runs
             ):
     "Train a DIT adapter on the train rows of a bank; its val rows choose the epoch."
     out = out or Path(bank).parent/"adapter"
     with command("dit_tune"):
         asked, base = question or TASKS[choose("task", task, TASKS)], load_base(base, dtype=dtype)
-        train_adapter(base, *by_split(load_bank(bank, base), asked), out, rank=rank, lr=lr, batch=batch, epochs=epochs, seed=seed, log_with=log_with)
+        with compiled(base) if compile else contextlib.nullcontext(): train_adapter(base, *by_split(load_bank(bank, base), asked), out, rank=rank, lr=lr, batch=batch, epochs=epochs, seed=seed, log_with=log_with)
     if PartialState().is_main_process: print(pd.read_csv(Path(out)/"curve.csv").round(3).to_string(index=False), f"\nthe adapter is in {out}")
     PartialState().destroy_process_group()

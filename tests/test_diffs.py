@@ -335,3 +335,16 @@ def test_two_processes_share_one_bank(tiny, tmp_path):
     order = [got.index.diff_id.tolist().index(d) for d in want.index.diff_id]
     assert (flatten(got)[order] - flatten(want)).abs().max() < 1e-4
     assert not list((folder/'.claims').iterdir())
+
+@pytest.mark.parametrize('compiler', [RuntimeError('no compiler'), lambda f, **kwargs: f], ids=['fails', 'works'])
+def test_compiling_changes_no_diff_and_leaves_nothing_behind(tiny, monkeypatch, capsys, compiler):
+    def use(f, **kwargs):
+        if isinstance(compiler, Exception): raise compiler
+        return compiler(f)
+    want = train_batch(tiny, toy_tasks(2), rank=2)
+    monkeypatch.setattr(torch, 'compile', use)
+    with compiled(tiny) as used:
+        got = train_batch(tiny, toy_tasks(2), rank=2)
+        assert used == all('forward' in layer.__dict__ for layer in layers_of(tiny)) and not (used and isinstance(compiler, Exception))
+    assert all(torch.equal(got.B[n], want.B[n]) for n in want.B) and not any('forward' in layer.__dict__ for layer in layers_of(tiny))
+    assert capsys.readouterr().err.count('compiled layers') == 1
