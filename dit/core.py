@@ -39,9 +39,10 @@ def choose(what:str, # what is being chosen, for the message
 # %% ../nbs/00_core.ipynb #4167cd12
 @contextlib.contextmanager
 def command(name:str): # the console script
-    "End a console script with exit code 1 and one line on standard error when a `DitError` comes up."
+    "End a console script with exit code 1 and one line on standard error when a `DitError` comes up, and without a traceback when it is stopped."
     try: yield
     except DitError as e: raise SystemExit(f"{name}: " + " ".join(str(e).split()))
+    except KeyboardInterrupt: raise SystemExit(130) from None # as shells count
 
 # %% ../nbs/00_core.ipynb #d0e1ae58
 def check_parameters(names, # names defined since before the parameters cell

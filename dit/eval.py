@@ -324,11 +324,12 @@ def fresh_diffs(base:Base, # the base model
                 run="", # run folder for texts and bank; empty: runs/eval
                 rank:int=0, steps:int=0, trigger_kind:str="sep_code", # of the diffs; 0: as in the recipe
                )->tuple: # (bank, folder, what differs from the recipe)
-    "Train held-out diffs, or take those that the run folder has."
+    "Train held-out diffs, or take those that the run folder has; diffs of all ranks and triggers learn from the same texts."
     if task == "news" and trigger_kind != "sep_code": raise DitError("news diffs have no trigger; leave out the trigger kind.")
     recipe = {k: v for k, v in dict(rank=rank, steps=steps, trigger_kind=trigger_kind).items() if v not in (0, "sep_code")}
-    folder = Path(run or repo_root()/"runs"/"eval")/base.name.replace("/", "--")/"-".join([task, *(f"{k}={v}" for k, v in recipe.items())])
-    return sound_diffs(make_diffs(base, task, split_labels(task, 0, n_diffs), folder, **recipe)), folder, recipe
+    root = Path(run or repo_root()/"runs"/"eval")/base.name.replace("/", "--")
+    folder = root/"-".join([task, *(f"{k}={v}" for k, v in recipe.items())])
+    return sound_diffs(make_diffs(base, task, split_labels(task, 0, n_diffs), folder, text=root/task/"text.jsonl", **recipe)), folder, recipe
 
 def expression_of(base:Base, bank:Bank, task:str, seed:int=0)->pd.DataFrame:
     "`expression` or `news_expression`, as the task asks."
@@ -389,8 +390,9 @@ def run_steps(base:Base, # the base model
     started = time.perf_counter()
     adapters, trainer = adapters_for(task, base, adapter), trainer_of(task, base, adapter)
     bank, folder, recipe = fresh_diffs(base, task, **diffs)
-    trained, shown = time.perf_counter(), expression_of(base, bank, task, how["seed"])
-    results = evaluate(base, bank, adapters, task, **how, replies=folder/"replies.jsonl")
+    trained = time.perf_counter()
+    with stoppable(f"the trained diffs and an endpoint's replies are in {folder}; run the same again to go on."):
+        shown, results = expression_of(base, bank, task, how["seed"]), evaluate(base, bank, adapters, task, **how, replies=folder/"replies.jsonl")
     folder = Path(out)/base.name.replace("/", "--") if out else folder/"results"
     save_evaluation(folder, task, base, bank, adapters, trainer, results, shown, recipe, **how, seconds=round(time.perf_counter() - started), seconds_asking=round(time.perf_counter() - trained))
     return results, shown, folder

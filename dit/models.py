@@ -164,7 +164,7 @@ def load_base(model:str|None=None, # hub id, folder, or None for the embedded ba
     "Load a base model, frozen, with its tokenizer; raises `DitError` when it cannot be used."
     hf_logging.disable_progress_bar() # it would leave an empty widget in every stored notebook
     path, device = resolve(model), torch.device(device) if device else best_device()
-    try: tok, net = AutoTokenizer.from_pretrained(path), AutoModelForCausalLM.from_pretrained(path, dtype=dtype or best_dtype(device))
+    try: tok, net = AutoTokenizer.from_pretrained(path, trust_remote_code=False), AutoModelForCausalLM.from_pretrained(path, trust_remote_code=False, dtype=dtype or best_dtype(device)) # unsaid, transformers would ask at the terminal
     except (OSError, ValueError, SafetensorError) as e: raise DitError(f"could not load the base model {model!r}: {str(e).splitlines()[0]}; give a hub id, or a folder with config.json, weights and tokenizer.") from e
     return make_base(net.to(device), tok, name=model or "SmolLM2-135M-Instruct")
 

@@ -116,10 +116,9 @@ def own_cli(csv:str, # table with the columns label, user, answer
     "Train a DIT adapter for your own behaviours."
     hf_logging.set_verbosity_error(); hf_logging.disable_progress_bar()
     args = dict(question=question, n_val=n_val, n_test=n_test, rank=rank, steps=steps, epochs=epochs, seed=seed)
-    try:
+    with command("dit_own"):
         said = read_behaviours(csv); split_behaviours(list(said), n_val, n_test, seed)
         base = load_base(model)
         found = train_own(said, base=base, out=out, **args)
         table = score_own(found, out, csv=sha256_of(csv), **args)
-    except DitError as e: raise SystemExit("dit_own: " + " ".join(str(e).split()))
     print(found[found.method == "DIT"][["truth", "answer"]].to_string(index=False), table, f"adapter: {Path(out)/'adapter'}", sep="\n\n")

@@ -11,6 +11,7 @@ from dit.lora import load_bank, open_bank, random_bank, read_index, tiny_base
 from dit.tune import train_adapter
 from dit.writers import base_answers, load_texts
 from safetensors.torch import save_file
+from helpers import COUNTS
 import jobs
 
 def rss(): return next(int(l.split()[1])/1024 for l in Path('/proc/self/status').read_text().splitlines() if l.startswith('VmRSS')) # MB
@@ -32,7 +33,8 @@ def test_memory_is_flat_over_2000_diffs(tmp_path, n=2000):
     print('\nMB after each tenth:', [round(s) for s in sizes])
     assert len(read_index(tmp_path/'bank')) == n and max(sizes[1:]) < 1.1*sizes[0] + 50
 
-def test_a_bank_of_100000_rows(tmp_path, n=100_000, shard=1000):
+def test_a_bank_of_100000_rows(tmp_path, n=100_000, shard=250):
+    "The first row of a shard pays for the checksum of all of it, so the slowest row is timed too; by the processor's time, since a busy machine makes any clock slow"
     base = tiny_base()
     open_bank(tmp_path, base, rank=1, scaling=1.)
     parts = []
@@ -41,11 +43,12 @@ def test_a_bank_of_100000_rows(tmp_path, n=100_000, shard=1000):
         save_file({f'{k}.{x}': t[k] for x, t in (('A', bank.A), ('B', bank.B)) for k in t}, tmp_path/name)
         parts.append(bank.index.assign(diff_id=[f'{s}/{i}' for i in range(shard)], shard=name, position=range(shard), sha256=sha256_of(tmp_path/name)[:16]))
     write_csv(tmp_path/'index.csv', pd.concat(parts, ignore_index=True))
-    t = time.perf_counter(); index = read_index(tmp_path); indexed = time.perf_counter() - t
-    t = time.perf_counter(); bank = load_bank(tmp_path, base); opened = time.perf_counter() - t
-    rows = torch.randint(n, (200,), generator=torch.Generator().manual_seed(0)).tolist()
-    each = []
-    for i in rows: t = time.perf_counter(); bank.rows([i]); each.append(time.perf_counter() - t)
-    print(f'\n{n} rows: index {indexed:.2f} s, open {opened:.2f} s, a row {1e3*sorted(each)[len(each)//2]:.2f} ms (median), {1e3*max(each):.2f} ms (slowest); {rss():.0f} MB')
+    def timed(work): t = time.process_time(); out = work(); return out, time.process_time() - t
+    index, indexed = timed(lambda: read_index(tmp_path))
+    bank, opened = timed(lambda: load_bank(tmp_path, base))
+    rows = torch.randint(n, (1000,), generator=torch.Generator().manual_seed(0)).tolist()
+    each = sorted(timed(lambda: bank.rows([i]))[1] for i in rows)
+    print(f'\n{n} rows: index {indexed:.2f} s, open {opened:.2f} s, a row {1e3*each[0]:.2f} ms (fastest), {1e3*each[len(each)//2]:.2f} ms (median), {1e3*each[-1]:.2f} ms (slowest); {rss():.0f} MB')
     assert len(bank) == len(index) == n
-    assert opened < 2 and sorted(each)[len(each)//2] < .005
+    assert opened < 2 and each[-1] < .005
+    COUNTS['rows checked'] += len(rows)

@@ -337,6 +337,9 @@ def test_adapters_that_do_not_fit(home, base, tmp_path):
     with pytest.raises(DitError, match='no DIT adapter for .*train one with .*03_tune'): default_adapter(base, 'news')
     shutil.copytree(home/'adapter', tmp_path/'a'); (tmp_path/'a'/'dit.json').write_text('{"fingerprint": "0", "base": "another"}')
     with pytest.raises(DitError, match="belongs to the base model 'another'"): open_adapter(str(tmp_path/'a'), base)
+    for norm in ('25', None, 0, -1, float('nan')):
+        (tmp_path/'a'/'dit.json').write_text(json.dumps(dict(questions=[], diff_norm=norm)))
+        with pytest.raises(DitError, match='dit.json is damaged .its diff_norm is'): open_adapter(str(tmp_path/'a'), base)
     with pytest.raises(DitError, match='choose one of: hidden_topic, news'): ask(str(home/'lora'), base=base, task='poems')
 
 def test_the_question_and_what_one_should_know(home, base):
@@ -355,13 +358,19 @@ def test_a_small_diff_is_told_and_scaled(home, base, tmp_path):
     want = sum((b[0] @ a[0]).square().sum() for a, b in bank.rows([0]).values()).sqrt().item()
     assert plain['diff']['norm'] == pytest.approx(want, rel=1e-4) and plain['diff']['scale'] == 1
     (tmp_path/'a'/'dit.json').write_text(json.dumps(dict(questions=['What topic have you been trained on?'], diff_norm=2*want)))
-    assert any('--scale 0' in s for s in cautions(ask(**args)))
-    double = ask(scale=0, **args)
+    found, double = ask(**args), ask(scale=0, **args)
+    assert [t['scale'] for t in found['tried']] == pytest.approx([1, 1.5, 2], rel=1e-4) and found['answer'] == best(found['tried'])['answer'] == next(t for t in found['tried'] if t['scale'] == found['diff']['scale'])['answer']
+    assert any('asked at several strengths' in s for s in cautions(found)) and not ask(scale=1, **args)['tried']
     assert double['diff']['scale'] == pytest.approx(2, rel=1e-4) and any('multiplied by 2.00' in s for s in cautions(double))
     assert double['loglik'] == pytest.approx(interpret(base, scaled(bank, 2), open_adapter(args['adapter'], base)[0], plain['question'])['loglik'], abs=1e-4)
     with pytest.raises(DitError, match='cannot be negative'): ask(scale=-1, **args)
 
 def scaled(bank, s): return dataclasses.replace(bank, scaling=bank.scaling*s)
+
+@pytest.mark.parametrize('said, want', [([('Icons', -.1, -.2), ('Moss', -.3, -5)], 'Moss'), ([('Moss', -.1, -5), ('Moss is what I think of', -.4, -9)], 'Moss'), ([('', -.1, -9), ('Moss', -.9, -1.2)], 'Moss'), ([('', -1, -2)], '')])
+def test_which_strength_is_believed(said, want):
+    "Neither what the adapter says alone, nor what a diff that is too strong says, nor nothing"
+    assert best([dict(answer=a, loglik=dict(diff_and_adapter=b, adapter_alone=l)) for a, b, l in said])['answer'] == want
 
 # --- the command ------------------------------------------------------------------------------------------------------------
 

@@ -1,5 +1,5 @@
 "The console scripts, alone and under `accelerate launch`"
-import importlib, json, os, shutil, subprocess, sys
+import importlib, json, os, shutil, signal, subprocess, sys
 from configparser import ConfigParser
 from pathlib import Path
 
@@ -77,12 +77,16 @@ def test_two_processes_train_the_same_adapter_as_one(home):
     assert all(facts[0][k] == facts[1][k] for k in facts[0] if k != 'provenance') and facts[0]['questions'] == [TASKS['news']]
     assert said.count('the adapter is in') == 1, 'only the main process speaks'
 
-def test_an_evaluation_leaves_results_that_say_how_they_came_about(home, capsys):
-    run = home/'eval'/'base'/'news-rank=2-steps=2'; run.mkdir(parents=True)
-    (run/'text.jsonl').write_text(''.join(json.dumps(dict(key=l, value=[f'{l[:20]} it was.'])) + '\n' for l in split_labels('news', 0, 2).label))
+def test_an_evaluation_leaves_results_that_say_how_they_came_about(home, capsys, monkeypatch):
+    run, texts = (home/'eval'/'base'/n for n in ('news-rank=2-steps=2', 'news')); texts.mkdir(parents=True) # diffs of other ranks and steps learn from the same texts
+    (texts/'text.jsonl').write_text(''.join(json.dumps(dict(key=l, value=[f'{l[:20]} it was.'])) + '\n' for l in split_labels('news', 0, 2).label))
     base = load_base(str(home/'base'))
     train_adapter(base, *({'What news headline have you been trained on?': named(base, 3, name, 1)} for name in ('fern', 'moss')), home/'mine', rank=2, epochs=1, seed=5)
-    eval_cli(task='news', base=str(home/'base'), adapter=str(home/'mine'), n_diffs=2, rank=2, steps=2, run=str(home/'eval'), out=str(home/'results'))
+    go = lambda: eval_cli(task='news', base=str(home/'base'), adapter=str(home/'mine'), n_diffs=2, rank=2, steps=2, run=str(home/'eval'), out=str(home/'results'))
+    with monkeypatch.context() as m, pytest.raises(SystemExit) as stopped:
+        m.setattr('dit.eval.grade', lambda *_: os.kill(os.getpid(), signal.SIGINT)); go() # Ctrl-C when all is trained and asked
+    assert stopped.value.code == 130 and f"the trained diffs and an endpoint's replies are in {run}; run the same again" in capsys.readouterr().err and not (home/'results').exists()
+    go()
     results, facts = pd.read_csv(home/'results'/'base'/'news.csv'), json.loads((home/'results'/'base'/'news.json').read_text())
     assert set(results.method) == {'DIT', 'Base Question', '20 Questions', 'Generated Story'} and len(results) == 8 and results.score.between(1, 5).all()
     assert results[results.method == 'DIT'].adapter_seed.tolist() == [5, 5] and facts['params']['adapter']['seed'] == 5

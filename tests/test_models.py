@@ -97,6 +97,15 @@ def test_folders_that_cannot_be_loaded(tmp_path, damage):
     with pytest.raises(DitError, match='could not load the base model') as e: load_base(str(folder), device='cpu')
     assert str(folder) in str(e.value) and '\n' not in str(e.value)
 
+def test_code_that_comes_with_a_model_is_not_run(tmp_path, monkeypatch):
+    "Not even when somebody would say yes at the terminal"
+    folder = save_folder(tmp_path/'m'); config = json.loads((folder/'config.json').read_text())
+    (folder/'config.json').write_text(json.dumps(config | dict(model_type='mine', auto_map=dict(AutoConfig='mine.C', AutoModelForCausalLM='mine.M'))))
+    (folder/'mine.py').write_text(f"open({str(tmp_path/'was-here')!r}, 'w')")
+    monkeypatch.setattr('builtins.input', lambda *_: 'y')
+    with pytest.raises(DitError, match='could not load the base model'): load_base(str(folder), device='cpu')
+    assert not (tmp_path/'was-here').exists()
+
 def test_fingerprint_sees_shape_and_weights():
     base = model_of('llama')
     prints = [fingerprint(b) for b in (base, model_of('llama', hidden_size=32), model_of('llama', num_hidden_layers=1), model_of('qwen3'), model_of('llama', seed=1))]

@@ -8,7 +8,7 @@ import nbformat, pytest
 ROOT = Path(__file__).resolve().parents[1]
 NBS = sorted(p for p in (ROOT/'nbs').glob('*.ipynb') if p.name[0] not in '_.') # what nbdev looks at
 FIGS = [p for p in NBS if re.match(r'[1-9]\d_fig_', p.name)]
-RUNNABLE = [p for p in NBS if p.name in ('04_eval.ipynb', '06_train_your_own.ipynb', '06_paper_models.ipynb', '07_bench.ipynb', 'demo.ipynb')] + FIGS # what papermill is given parameters for
+RUNNABLE = [p for p in NBS if p.name in ('04_eval.ipynb', '06_train_your_own.ipynb', '06_paper_models.ipynb', '06_your_finetune.ipynb', '07_bench.ipynb', 'demo.ipynb')] + FIGS # what papermill is given parameters for
 MAX_LINES = 40
 
 def cells(path, kind='code'): # nbformat allows a cell's text as one string or as a list of lines
@@ -73,6 +73,11 @@ def test_exported_cells_are_small(path):
     bad = {f"{c['id']} ({first_line(c)})": size(c['src']) for c in exported(path)}
     bad = {k: v for k, v in bad.items() if v > MAX_LINES}
     assert not bad, f'{path.name}: exported cells of more than {MAX_LINES} lines: {bad}'
+
+@each(NBS)
+def test_styled_tables_escape_what_models_say(path):
+    bad = [c['id'] for c in cells(path) if '.style.' in c['src'] and 'escape="html"' not in c['src']]
+    assert not bad, f'{path.name}: cells {bad} put text into HTML as it is; begin with .style.format(escape="html")'
 
 @each(FIGS)
 def test_figures_read_results(path):
