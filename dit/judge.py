@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['QUOTES', 'THING', 'LEAD', 'STOP', 'ENDINGS', 'FEATURES', 'N_FEATURES', 'tidy', 'normalise', 'same', 'stem', 'stems',
            'first_line', 'parts', 'n_items', 'grams', 'overlap', 'string_features', 'numbers', 'names', 'news_features',
-           'Encoder', 'weighted', 'token_match', 'relative', 'vector_features', 'run_trees', 'cap', 'highest',
-           'OfflineJudge', 'EmbeddingJudge', 'confusion', 'kappa', 'agreement']
+           'Encoder', 'weighted', 'token_match', 'relative', 'texts_of', 'vector_features', 'Likelihood', 'run_trees',
+           'cap', 'highest', 'OfflineJudge', 'EmbeddingJudge', 'confusion', 'kappa', 'agreement']
 
 # %% ../nbs/04_judge.ipynb #790e1d08
 import functools, json, re, unicodedata
@@ -134,18 +134,31 @@ class Encoder:
                  longest:int=64, # tokens kept
                  memory:int=4096, # texts remembered
                 ):
-        self.tok, self.model, self.longest = AutoTokenizer.from_pretrained(folder), AutoModel.from_pretrained(folder, dtype=torch.float32).eval(), longest
-        self.remembered = functools.lru_cache(memory)(self.encode)
+        self.tok, self.model = AutoTokenizer.from_pretrained(folder), AutoModel.from_pretrained(folder, dtype=torch.float32).eval().requires_grad_(False)
+        self.longest, self.memory, self.known = longest, memory, {}
 
     @torch.no_grad()
-    def encode(self, text:str)->tuple: # vector [384], token vectors [tokens, 384], token ids [tokens]; vectors of length 1
-        "Encode one text."
-        x = self.tok(text, truncation=True, max_length=self.longest, return_tensors="pt")
-        h = self.model(**x).last_hidden_state[0]
-        v, inner = h.mean(0), h[1:-1] if len(h) > 2 else h
-        return (v/v.norm()).numpy(), (inner/inner.norm(dim=-1, keepdim=True)).numpy(), x["input_ids"][0, 1:-1].numpy()
+    def encode(self, ids:list, # token ids of at most eight texts of one length
+              )->list: # per text: vector [384], token vectors [tokens, 384], token ids [tokens]; vectors of length 1
+        "Encode one batch."
+        x = torch.tensor((ids + ids[:1]*8)[:8])
+        h = self.model(input_ids=x).last_hidden_state[:len(ids)]
+        v, inner = h.mean(1), h[:, 1:-1] if h.shape[1] > 2 else h
+        return list(zip((v/v.norm(dim=-1, keepdim=True)).numpy(), (inner/inner.norm(dim=-1, keepdim=True)).numpy(), x[:, 1:-1].numpy()))
 
-    def __call__(self, texts)->list: return [self.remembered(t) for t in texts]
+# %% ../nbs/04_judge.ipynb #5d0c3a71
+@patch
+def __call__(self:Encoder, texts, # any number of them
+            )->list: # what `encode` gives, per text
+    "Encode what is not remembered, and give all."
+    new, groups = [t for t in dict.fromkeys(texts) if t not in self.known], {}
+    for t, ids in zip(new, self.tok(new, truncation=True, max_length=self.longest)["input_ids"] if new else []): groups.setdefault(len(ids), []).append((t, ids))
+    for group in groups.values():
+        for i in range(0, len(group), 8):
+            some, ids = zip(*group[i:i+8]); self.known |= zip(some, self.encode(list(ids)))
+    out = [self.known[t] for t in texts]
+    for t in list(self.known)[:-self.memory]: del self.known[t]
+    return out
 
 # %% ../nbs/04_judge.ipynb #077bb01f
 def weighted(x:np.ndarray, # one number per token
@@ -175,6 +188,10 @@ def relative(ra:np.ndarray, # cosines of the truth with the reference topics
     gaps = [c - ra.mean(), c - rb.mean(), c - top(ra), c - top(rb), (ra > near).mean(), (rb > near).mean(), (ra[fields] > near).mean(), c - ra[fields].max()]
     return gaps + [float(np.corrcoef(ra, rb)[0, 1]), ra.max(), rb.max(), rb[fields].max(), rb.mean(), float(ra[fields] @ w)]
 
+def texts_of(truth:str, answer:str)->list:
+    "The texts of a pair that are encoded: both as a whole, the answer's first line and its parts."
+    return [tidy(truth), tidy(answer), first_line(answer), *parts(answer)]
+
 def vector_features(enc:Encoder, # MiniLM
                     refs:np.ndarray, # vectors of the reference topics [refs, 384]
                     n_fields:int, # how many of them are broad fields
@@ -182,14 +199,52 @@ def vector_features(enc:Encoder, # MiniLM
                     answer:str, # the answer
                    )->list: # 26 numbers
     "What MiniLM says of the whole texts, the first line, the parts and the tokens."
-    a, b, head, *ps = enc([tidy(truth), tidy(answer), first_line(answer), *parts(answer)])
+    a, b, head, *ps = enc(texts_of(truth, answer))
     c = float(a[0] @ head[0])
     pc = np.array([a[0] @ p[0] for p in ps] or [c])
     return [float(a[0] @ b[0]), c, pc.max(), pc.mean()] + relative(refs @ a[0], refs @ head[0], c, n_fields) + token_match(a, head)
 
+# %% ../nbs/04_judge.ipynb #3a9e62cd
+class Likelihood:
+    "How much likelier the embedded base model finds a topic after another one."
+    def __init__(self): self.base, self.prior = load_base(device="cpu", dtype=torch.float32), {}
+
+    def batch(self, rows:list, # at most eight: (ids before, ids whose likelihood is asked for)
+              width:int, # length of the longest, rounded up
+             )->list: # log-likelihood per row
+        "One batch of a fixed shape."
+        ids = torch.tensor([(a + b + [0]*width)[:width] for a, b in (rows + rows[:1]*8)[:8]])
+        with torch.no_grad(): hidden = [h[len(a) - 1:len(a) + len(b) - 1] for h, (a, b) in zip(self.base.body(input_ids=ids).last_hidden_state, rows)]
+        return [float(self.base.head(h).float().log_softmax(-1)[range(len(b)), b].sum()) for h, (_, b) in zip(hidden, rows)]
+
+# %% ../nbs/04_judge.ipynb #4baf73de
+@patch
+def said_after(self:Likelihood, before:list, # texts
+               topics:list, # as many topics
+              )->np.ndarray: # log-likelihood of each topic after its text
+    "Log-likelihoods, in batches of one width."
+    rows = [(self.base.tok(f"Related topics: {b},").input_ids, self.base.tok(" " + t).input_ids) for b, t in zip(before, topics)]
+    out, groups = np.zeros(len(rows)), {}
+    for i, (a, b) in enumerate(rows): groups.setdefault(-(-len(a + b)//4)*4, []).append(i)
+    for width, ix in groups.items():
+        for k in range(0, len(ix), 8): out[ix[k:k+8]] = self.batch([rows[i] for i in ix[k:k+8]], width)
+    return out
+
+@patch
+def __call__(self:Likelihood, truths:list, # labels
+             answers:list, # answers
+            )->np.ndarray: # one number per pair; 0 where both say the same or nothing is said
+    "Gain in the log-likelihood of the truth."
+    heads, out = [" ".join(first_line(a).split()[:10]).title() for a in answers], np.zeros(len(truths))
+    ix = [i for i, (t, a) in enumerate(zip(truths, answers)) if heads[i] and not same(t, a)]
+    new = sorted({truths[i] for i in ix} - set(self.prior))
+    self.prior |= zip(new, self.said_after(["various topics"]*len(new), new))
+    out[ix] = self.said_after([heads[i] for i in ix], [truths[i] for i in ix]) - [self.prior[truths[i]] for i in ix]
+    return out
+
 # %% ../nbs/04_judge.ipynb #5bf6c9b5
 FEATURES = ("cos_all cos_head cos_part cos_parts rel_a rel_b top_a top_b rank_a rank_b rank_field over_field ref_corr ref_a ref_b field_b mean_b soft_field "
-            "tr_mean tr_min tr_q tr_w tp_mean tp_min tp_q tp_w w_f w_a w_b h_f h_a h_b g_f g_a g_b g_all seq set_eq squash first_w last_w len_all len_head n_a n_head n_b items "
+            "tr_mean tr_min tr_q tr_w tp_mean tp_min tp_q tp_w w_f w_a w_b h_f h_a h_b g_f g_a g_b g_all seq set_eq squash first_w last_w len_all len_head n_a n_head n_b items gain "
             "name_f name_a name_b name_na name_nb name_new num_f num_a num_b num_na num_nb num_new").split()
 N_FEATURES = dict(hidden_topic=FEATURES.index("name_f"), news=len(FEATURES)) # features that a task uses
 
@@ -229,10 +284,16 @@ class OfflineJudge:
         self.version, self.enc = self.fitted["version"], Encoder(fetch("minilm"))
         self.refs = np.stack([v for v, _, _ in self.enc(self.fitted["refs"])])
 
-    def features(self, truths, answers)->np.ndarray: # [pairs, features]
+    @functools.cached_property
+    def gain(self): return Likelihood() # headlines do without
+
+    def features(self, truths:list, answers:list, task:str)->np.ndarray: # [pairs, features]
         "All features of all pairs."
         if len(truths) != len(answers): raise DitError(f"{len(truths)} truths and {len(answers)} answers cannot be paired; give as many of one as of the other.")
-        rows = [vector_features(self.enc, self.refs, self.fitted["n_fields"], t, a) + string_features(t, a) + news_features(t, a) for t, a in zip(truths, answers)]
+        pairs, rows, gain = list(zip(truths, answers)), [], self.gain(truths, answers) if task == "hidden_topic" else np.zeros(len(truths))
+        for i in range(0, len(pairs), 256):
+            self.enc([text for pair in pairs[i:i+256] for text in texts_of(*pair)]) # in full batches; the next line finds them in its memory
+            rows += [vector_features(self.enc, self.refs, self.fitted["n_fields"], t, a) + string_features(t, a) + [round(g/10, 2)] + news_features(t, a) for (t, a), g in zip(pairs[i:i+256], gain[i:i+256])]
         return np.array(rows).round(3).astype(np.float32).reshape(len(rows), len(FEATURES))
 
     def from_features(self, x, truths, answers, task:str)->np.ndarray: # floats 1..5
@@ -251,7 +312,7 @@ def score(self:OfflineJudge, truths, # labels
     "Expected grade of each answer; depends on its pair alone."
     choose("task", task, self.fitted["models"])
     truths, answers = list(truths), list(answers)
-    return self.from_features(self.features(truths, answers), truths, answers, task)
+    return self.from_features(self.features(truths, answers, task), truths, answers, task)
 
 @patch
 def grades(self:OfflineJudge, truths, # labels

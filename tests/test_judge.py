@@ -4,6 +4,7 @@ import hashlib, os
 import numpy as np, pandas as pd, pytest
 from dit.core import DitError, repo_root
 from dit.judge import OfflineJudge, agreement
+from dit.models import EMBEDDED
 
 TOPIC = "hidden_topic"
 OTHERS = """music, law, film, physics, jazz, wine, tennis, birds, cats, poetry, yoga, history, chess, logic, ethics, fashion, surgery, coffee, taxes, bridges, fishing, robots, opera, algebra, deserts,
@@ -50,6 +51,10 @@ def test_a_score_depends_on_its_pair_alone(judge):
     assert (judge.score([truths[i] for i in order], [answers[i] for i in order], TOPIC) == together[order]).all()
     fresh = OfflineJudge() # remembers nothing
     assert all(fresh.score([t], [a], TOPIC)[0] == s for t, a, s in reversed(list(zip(truths, answers, together))))
+
+def test_it_is_small():
+    fetched = sum(EMBEDDED[name]["mb"] for name in ("minilm", "smollm2"))
+    assert fetched + sum(p.stat().st_size for p in (repo_root()/"dit"/"data").glob("judge*"))/1e6 < 200
 
 def test_an_unknown_task_names_the_valid_ones(judge):
     with pytest.raises(DitError, match="hidden_topic, news"): judge.score(["Chess"], ["Chess"], "topic")
