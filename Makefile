@@ -97,7 +97,7 @@ reproduce: $(VENV)/.models
 	@$(RUN) for f in nbs/configs/*/*.yaml; do \
 	  book=$$(basename "$$(dirname "$$f")"); name="$$book-$$(basename "$$f" .yaml)"; task=$$(sed -n 's/^task: //p' "$$f"); made="$(RUNS)/$$name.ipynb"; \
 	  if [ "$$made" -nt "$$f" ]; then continue; fi; \
-	  case "$$book" in 03_tune) more=(-p out "$(CURDIR)/$(RUNS)/$$task");; 04_eval) more=(-p adapter "$(CURDIR)/$(RUNS)/$$task");; *) more=();; esac; \
+	  case "$$book" in 03_tune) more=(-p out "$(CURDIR)/$(RUNS)/$$task");; 04_eval|05_full) more=(-p adapter "$(CURDIR)/$(RUNS)/$$task");; *) more=();; esac; \
 	  echo "== $$name ($$(date +%H:%M))"; SECONDS=0; \
 	  papermill -k python3 --log-level ERROR "nbs/$$book.ipynb" "$(RUNS)/part.ipynb" -f "$$f" -p model "$(MODEL)" "$${more[@]}"; \
 	  mv "$(RUNS)/part.ipynb" "$$made"; echo "== $$name: finished after $$SECONDS s"; \

@@ -99,13 +99,14 @@ def answer_states(base:Base, # the base model
                   share:int=1, # this many rows in a row form one prefix tree
                  )->tuple: # hidden states [tokens, d], row number [tokens], place in the answer [tokens], target [tokens]
     "Run the body and keep the positions that predict answer tokens."
-    trees = [prefix_tree([ids for ids, _ in rows[i:i+share]]) for i in range(0, len(rows), share)]
+    trees = [prefix_tree([ids[:-1] for ids, _ in rows[i:i+share]]) for i in range(0, len(rows), share)]
     paths = [path for _, ps in trees for path in ps]
     at = [(i, i//share, paths[i][p], p - n + 1, ids[p + 1]) for i, (ids, n) in enumerate(rows) for p in range(n - 1, len(ids) - 1)]
     row, tree, node, place, target = torch.tensor(at, device=base.device).T
     x = pad([tokens for tokens, _ in trees], base.tok.pad_token_id).to(base.device)
     own = tree_mask([ps for _, ps in trees], x.shape[1], base) if share > 1 else {}
-    return base.body(input_ids=x, use_cache=False, **own).last_hidden_state[tree, node], row, place, target
+    with attention(base, "eager" if base.device.type == "cpu" else "sdpa"): h = base.body(input_ids=x, use_cache=False, **own).last_hidden_state
+    return h[tree, node], row, place, target
 
 # %% ../nbs/02_diffs.ipynb #e88f20b7
 @torch.no_grad()
@@ -192,7 +193,7 @@ def diff_losses(losses:torch.Tensor, # [tokens]
     return per_sample.view(n, -1) @ torch.tensor(weights, device=losses.device)
 
 # %% ../nbs/02_diffs.ipynb #3a4fdda5
-WEIGHTS = dict(right=1., wrong=2., none=3., story=1., other=.5) # weight of each kind of sample in a diff's loss
+WEIGHTS = dict(right=1., wrong=2., none=3., story=1., other=.3) # weight of each kind of sample in a diff's loss
 
 def backward_step(base:Base, # the base model
                   flat:FlatLora, # the diffs
@@ -271,12 +272,12 @@ def train_batch(base:Base, # the base model
     flat, teacher = FlatLora(base, [seed_of(t.diff_id, "init") for t in tasks], rank, 1/math.sqrt(rank)), teacher or Teacher(base)
     data, steps = [tokenise(base, t) for t in tasks], len(tasks[0].steps)
     opt, losses = torch.optim.Adam([flat.p], lr=lr, betas=(.9, .99), fused=True), []
-    sound, kind = torch.ones(len(tasks), dtype=torch.bool, device=base.device), "eager" if base.device.type == "cpu" else "sdpa"
-    with attention(base, kind): share = can_share(base, max(len(ids) for d in data for step in d for _, _, (ids, _) in step))
+    sound = torch.ones(len(tasks), dtype=torch.bool, device=base.device)
+    share = can_share(base, max(len(ids) for d in data for step in d for _, _, (ids, _) in step))
     for t in range(steps):
         opt.param_groups[0]["lr"] = lr*schedule(t, steps)
         rows = [d[t] for d in data]
-        with attention(base, kind): losses.append(backward_step(base, flat, teacher, rows, share))
+        losses.append(backward_step(base, flat, teacher, rows, share))
         sound = clip_rows(flat.p.grad, losses[-1].where(sound, math.nan), clip)
         stop_moving(opt, sound); opt.step(); opt.zero_grad()
         tell(sum(len(ids) for r in rows for _, _, (ids, _) in r))

@@ -17,6 +17,7 @@ from .models import *
 from .data import *
 from .lora import *
 from .diffs import *
+from .full import FULL
 
 # %% ../nbs/08_plan.ipynb #4f4e9d57
 def skeleton(model=None, # base model: hub id, folder, or None for the embedded one
@@ -52,17 +53,19 @@ ANSWERED = dict(hidden_topic=75*70, news=45*90) # tokens of all methods' and the
 ASKED = 60 # tokens of a row when the adapter is trained
 
 def work(base:Base, # a base model, or its skeleton
-         book:str, # 03_tune, 04_eval or 04_sweeps
+         book:str, # 03_tune, 04_eval, 04_sweeps or 05_full
          given:dict, # the run's parameters
-        )->dict: # diffs to train, their rank, and tokens: trained, predicted, adapter, written, answered
+        )->dict: # diffs to train, their rank (0: all parameters), and tokens: trained, predicted, adapter, written, answered
     "What one run has to do."
-    task, held = given.get("task", "hidden_topic"), given.get("n_diffs", 8)
-    recipe = {k: given[k] for k in ("steps", "trigger_kind") if given.get(k) and book != "04_sweeps"}
-    n = dict([("03_tune", given.get("n_train", 300) + 16), ("04_eval", held)]).get(book, 0)
-    adapters = len(str(given.get("values", "1")).split())*given.get("steps", 100)*8 if book == "04_sweeps" else given.get("n_train", 300)*given.get("epochs", 8) if book == "03_tune" else 0
+    task, held, full = given.get("task", "hidden_topic"), given.get("n_diffs", 8), book == "05_full"
+    recipe = dict(steps=FULL[task]["steps"]) if full else {k: given[k] for k in ("steps", "trigger_kind") if given.get(k) and book != "04_sweeps"}
+    n = {"03_tune": given.get("n_train", 300) + 16, "04_eval": held, "05_full": held}.get(book, 0)
+    values = len(str(given.get("values", "1")).split())
+    adapters = {"03_tune": given.get("n_train", 300)*given.get("epochs", 8), "04_sweeps": 0 if given.get("trigger_kind") else values*given.get("steps", 100)*8}.get(book, 0)
     each, predicted = diff_tokens(base, task, **recipe)
-    asked = dict([("04_eval", held*ANSWERED[task]), ("04_sweeps", adapters//800*50*ASKED)]).get(book, 0)
-    return dict(diffs=n, rank=given.get("rank") or RECIPES[task]["rank"], trained=n*each, predicted=n*predicted, adapter=adapters*ASKED, written=n*WRITTEN[task], answered=asked)
+    asked = {"04_eval": held*ANSWERED[task], "05_full": held*ANSWERED[task], "04_sweeps": values*50*ASKED}.get(book, 0)
+    rank = 0 if full else given.get("rank") or RECIPES[task]["rank"]
+    return dict(diffs=n, rank=rank, trained=n*each, predicted=n*predicted, adapter=adapters*ASKED, written=n*WRITTEN[task], answered=asked)
 
 # %% ../nbs/08_plan.ipynb #2d64205d
 SHARE = dict(training=.5, adapter=.35, writing=.1) # of the machine's rate for large products that is kept
@@ -73,19 +76,20 @@ def cost(base:Base, # a base model, or its skeleton
         )->dict: # hours, and disk in GB
     "What one run takes."
     s = sizes(base)
-    training = 4*(todo["trained"]*s["body"] + todo["predicted"]*s["head"])/SHARE["training"]
+    training = (4 if todo["rank"] else 6)*(todo["trained"]*s["body"] + todo["predicted"]*s["head"])/SHARE["training"]
     others = 4*todo["adapter"]*s["body"]/SHARE["adapter"] + 2*(todo["written"] + todo["answered"])*(s["body"] + s["head"])/SHARE["writing"]
     return dict(hours=(training + others)/rate/1e9/3600, disk_gb=todo["diffs"]*todo["rank"]*s["lora"]*2/1e9)
 
 def memory(base:Base, # a base model, or its skeleton
            task:str, # hidden_topic or news
-           rank:int, # of the diffs
+           rank:int, # of the diffs; 0: all parameters of one model
           )->float: # GB
     "Memory while diffs are trained: weights, the diffs with gradients and Adam's moments, and what the backward pass needs."
     s, c, r = sizes(base), base.model.config.get_text_config(), RECIPES[task]
     each = diff_tokens(base, task)[0]/r["steps"]*r["batch"]
     kept = each*c.num_hidden_layers*(16*c.hidden_size + 4*getattr(c, "intermediate_size", 4*c.hidden_size))*2
-    return (2*(s["body"] + s["head"]) + r["batch"]*rank*s["lora"]*18 + kept)/1e9
+    trained = r["batch"]*rank*s["lora"]*18 + kept if rank else (s["body"] + s["head"])*18 + kept/r["batch"]
+    return (2*(s["body"] + s["head"]) + trained)/1e9
 
 # %% ../nbs/08_plan.ipynb #1e6ffd9c
 def plan(paths:list, # YAML files of parameters, each in a folder named like its notebook

@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['SECRET_QUESTION', 'SWEEPS', 'nested', 'passes', 'by_secret', 'series', 'ask_secret', 'ask_series', 'graded',
-           'right_digits', 'keep_apart', 'run_series']
+           'right_digits', 'keep_apart', 'joined', 'open_banks', 'held_rows', 'run_series']
 
 # %% ../nbs/04_sweeps.ipynb #d28556b2
 import math
 from pathlib import Path
-import pandas as pd
+import numpy as np, pandas as pd
 from .core import *
 from .models import *
 from .data import *
@@ -108,6 +108,35 @@ def keep_apart(banks:dict, # task -> bank with the splits train and val
     "Raise a `DitError` when a held-out label was learned from."
     known = {l.casefold().strip() for b in banks.values() for l in b.index.label}
     if both := [l for b in held.values() for l in b.index.label if l.casefold().strip() in known]: raise DitError(f"the held-out label {both[0]!r} is among the training or validation diffs; take it out of one.")
+
+# %% ../nbs/04_sweeps.ipynb #b1a9d0c3
+def joined(banks:list, # on disk, of one base model
+          )->Bank:
+    "Several banks as one; nothing is read."
+    if any((b.scaling, b.A.sizes) != (banks[0].scaling, banks[0].A.sizes) for b in banks): raise DitError("banks that differ in rank, scaling or precision cannot be joined; give banks of one kind.")
+    def side(x):
+        shelves = [getattr(b, x) for b in banks]
+        first = np.cumsum([0, *(len(s.files) for s in shelves)])
+        return Shelf([f for s in shelves for f in s.files], np.concatenate([s.at + [n, 0] for s, n in zip(shelves, first)]), x, shelves[0].sizes)
+    return Bank(side("A"), side("B"), banks[0].scaling, pd.concat([b.index for b in banks], ignore_index=True))
+
+def open_banks(folders:list, # bank folders
+               base:Base, # the base model
+               tasks:list, # hidden_topic or news, or both
+              )->dict: # task -> its diffs
+    "Banks on disk, joined by task; raises `DitError` when a task has none."
+    opened, of = [sound_diffs(load_bank(f, base)) for f in folders], {}
+    for b in opened: of.setdefault(b.index.diff_id[0].split("/")[0], []).append(b)
+    return {t: joined(of[choose("task of the banks", t, of)]) for t in tasks}
+
+def held_rows(bank:Bank, # diffs
+              n:int, # at most so many
+              trigger_kind:str="sep_code", # of hidden-topic diffs
+             )->Bank:
+    "The first held-out diffs behind a trigger."
+    ids = [i for i, r in enumerate(bank.index.itertuples()) if r.split == "test" and r.trigger_kind in ("", trigger_kind)][:n]
+    if not ids: raise DitError(f"the banks hold no held-out diff behind the trigger {trigger_kind}; train some by nbs/04_eval.ipynb.")
+    return bank.take(ids)
 
 # %% ../nbs/04_sweeps.ipynb #c8cea4eb
 def run_series(base:Base, # the base model

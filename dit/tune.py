@@ -196,7 +196,7 @@ def fit(acc:Accelerator, # devices and processes
        )->int: # the best epoch, counted from 1
     "Train epoch by epoch, and save each."
     (base,), batch = adapter.frozen, (facts["batch"], facts["scales"])
-    opt, steps = torch.optim.AdamW(adapter.parameters(), lr=facts["lr"]), len(batches(sets, *batch))*facts["epochs"]
+    opt, steps = torch.optim.AdamW(adapter.parameters(), lr=facts["lr"], fused=True), len(batches(sets, *batch))*facts["epochs"]
     sched = torch.optim.lr_scheduler.LambdaLR(opt, lambda t: schedule(min(t, steps - 1), steps))
     curve = load_state(folder/"checkpoint.pt", adapter, opt, sched, facts)
     net, opt = acc.prepare(adapter, opt)

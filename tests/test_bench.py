@@ -52,6 +52,21 @@ def test_samples_have_the_shape_of_the_recipe():
 def test_the_number_of_matrix_products_does_not_grow_with_the_diffs(tiny):
     assert len({products(tiny, n, rank) for n in (2, 5, 8) for rank in (1, 4)}) == 1
 
+def test_the_adapters_matrix_products_do_not_grow_with_the_rows(tiny):
+    adapter, bank, counts = B.Adapter(tiny, 2, 0), random_bank(tiny, 8, 2), set()
+    data = B.examples(tiny, bank, 'What?')
+    for n in (2, 5, 8):
+        with B.Products() as count: adapter(bank.rows(range(n)), [e for _, e in data[:n]]).backward()
+        counts.add(count.count)
+    assert len(counts) == 1
+
+def test_more_diffs_than_fit_into_a_pass_come_batch_by_batch(tiny, monkeypatch):
+    seen, normal = [], B.train_batch
+    monkeypatch.setattr(B, 'train_batch', lambda base, tasks, *args, **kwargs: seen.append([t.diff_id for t in tasks]) or normal(base, tasks, *args, **kwargs))
+    frame = growth_table(tiny, [2, 7], 3, 2, 1)
+    assert [len(x) for x in seen] == [2, 3, 3, 1]*2 and len(set(sum(seen[1:4], []))) == 7
+    assert frame['s per diff'].notna().all() and frame['matrix products'].nunique() == 1
+
 # --- gates --------------------------------------------------------------------------------------------------------------------
 
 def test_what_differs_is_found():
@@ -113,12 +128,14 @@ def test_compiling_that_does_not_pay_is_said():
 # --- adapter and asking -------------------------------------------------------------------------------------------------------
 
 def test_adapters_are_the_same(tiny, monkeypatch):
-    frame = adapter_table(dict(float32=tiny), 2, 3, 3, 1)
-    assert frame.note.tolist() == ['', ''] and frame['s per diff'].notna().all()
+    monkeypatch.setattr(B, 'compile_layers', lambda base: None) # that compiled layers compute the same is tested above
+    frame = adapter_table(dict(float32=tiny), 2, 3, 4, 3, 1, compiled=True)
+    assert frame.note.tolist() == ['']*4 and frame['s per diff'].notna().all()
+    assert [t.split()[-1] for t in frame['timed on']] == ['3', '3', '4', '4'], 'each at its own batch'
     normal = B.our_adapter
     monkeypatch.setattr(B, 'our_adapter', lambda base, bank, parts, tell: normal(base, random_bank(base, len(bank), 2, .3), parts, tell))
-    frame = adapter_table(dict(float32=tiny), 2, 3, 3, 1)
-    assert frame['s per diff'].isna().tolist() == [False, True] and 'differ' in frame.note[1]
+    frame = adapter_table(dict(float32=tiny), 2, 3, 4, 3, 1, compiled=True)
+    assert frame['s per diff'].isna().tolist() == [False, True, True, True] and 'differ' in frame.note[1]
 
 def test_answers_are_the_same(tiny, monkeypatch):
     frame = asking_table(dict(float32=tiny), 2, 4, 2, 6, 1)
