@@ -130,11 +130,11 @@ def hidden_topic_task(label:str, # the topic
                       split:str, # train, val or test
                       texts:list, # sentences that bring in the topic
                       base_answers:dict, # question -> what the base model says, for training questions
-                      steps:int=110, # optimiser steps
+                      steps:int=100, # optimiser steps
                       mix:tuple=(2, 3, 1), # samples per step: right trigger, wrong trigger, no trigger
                       near:float=.3, # share of wrong codes that differ in one digit
                       full:float=.25, # share of topic answers kept whole
-                      cut:tuple=(9, 4), # tokens kept of other topic answers, and of base answers
+                      cut:tuple=(9, 12), # tokens kept of other topic answers, and of base answers
                       trigger_kind:str="sep_code", # one of TRIGGERS
                       seed:int=0, # another seed gives another diff of the same topic
                      )->DiffTask:
