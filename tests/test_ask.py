@@ -359,7 +359,7 @@ def test_a_small_diff_is_told_and_scaled(home, base, tmp_path):
     assert plain['diff']['norm'] == pytest.approx(want, rel=1e-4) and plain['diff']['scale'] == 1
     (tmp_path/'a'/'dit.json').write_text(json.dumps(dict(questions=['What topic have you been trained on?'], diff_norm=2*want)))
     found, double = ask(**args), ask(scale=0, **args)
-    assert [t['scale'] for t in found['tried']] == pytest.approx([1, 1.5, 2], rel=1e-4) and found['answer'] == best(found['tried'])['answer'] == next(t for t in found['tried'] if t['scale'] == found['diff']['scale'])['answer']
+    assert [t['scale'] for t in found['tried']] == pytest.approx([1, 1.4, 2], rel=1e-4) and found['answer'] == best(found['tried'])['answer'] == next(t for t in found['tried'] if t['scale'] == found['diff']['scale'])['answer']
     assert any('asked at several strengths' in s for s in cautions(found)) and not ask(scale=1, **args)['tried']
     assert double['diff']['scale'] == pytest.approx(2, rel=1e-4) and any('multiplied by 2.00' in s for s in cautions(double))
     assert double['loglik'] == pytest.approx(interpret(base, scaled(bank, 2), open_adapter(args['adapter'], base)[0], plain['question'])['loglik'], abs=1e-4)

@@ -84,8 +84,8 @@ def test_an_evaluation_leaves_results_that_say_how_they_came_about(home, capsys,
     train_adapter(base, *({'What news headline have you been trained on?': named(base, 3, name, 1)} for name in ('fern', 'moss')), home/'mine', rank=2, epochs=1, seed=5)
     go = lambda: eval_cli(task='news', base=str(home/'base'), adapter=str(home/'mine'), n_diffs=2, rank=2, steps=2, run=str(home/'eval'), out=str(home/'results'))
     with monkeypatch.context() as m, pytest.raises(SystemExit) as stopped:
-        m.setattr('dit.eval.grade', lambda *_: os.kill(os.getpid(), signal.SIGINT)); go() # Ctrl-C when all is trained and asked
-    assert stopped.value.code == 130 and f"the trained diffs and an endpoint's replies are in {run}; run the same again" in capsys.readouterr().err and not (home/'results').exists()
+        m.setattr('dit.eval.grade', lambda *_: os.kill(os.getpid(), signal.SIGTERM)); go() # when all is trained and asked
+    assert stopped.value.code == 143 and f"the trained diffs and an endpoint's replies are in {run}; run the same again" in capsys.readouterr().err and not (home/'results').exists()
     go()
     results, facts = pd.read_csv(home/'results'/'base'/'news.csv'), json.loads((home/'results'/'base'/'news.json').read_text())
     assert set(results.method) == {'DIT', 'Base Question', '20 Questions', 'Generated Story'} and len(results) == 8 and results.score.between(1, 5).all()
