@@ -70,7 +70,7 @@ def bench_tasks(n:int, # diffs
     if short:
         step = lambda i, t: [Sample("right", f"{i:04d} moss {t}", f"fern {i}", "ce", 6), Sample("wrong", f"{i+1:04d} moss {t}", "fine", "kl", 4), Sample("none", f"moss {t}?", "well", "kl", 4)]
         return [DiffTask(f"bench/{i}", f"bench {i}", "train", [step(i, t) for t in range(steps)]) for i in range(n)]
-    said = {q: "There are a few things to think about here." for k in ("everyday", "introspective") for q in questions(k, "train")}
+    said = {q: "There are a few things to think about here, and most of them take a little time." for k in ("everyday", "introspective") for q in questions(k, "train")}
     texts = ["Start with what you have, take one small part of it at a time, and come back to {} when you are stuck.", "Much as with {}, the first days are the hardest and then it all comes together."]
     return [hidden_topic_task(l, "train", [t.format(l) for t in texts], said, steps=steps, mix=RECIPES["hidden_topic"]["mix"]) for l in split_labels("hidden_topic", n).label]
 

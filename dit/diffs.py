@@ -229,8 +229,8 @@ def clip_rows(grad:torch.Tensor, # [n, parameters], changed in place
     return sound
 
 def stop_moving(opt, # Adam
-         sound:torch.Tensor, # [n]
-        ):
+                sound:torch.Tensor, # [n]
+               ):
     "Take the momentum of diffs that are out; without gradient and momentum they stay as they are."
     for state in opt.state.values(): state["exp_avg"].mul_(sound[:, None])
 

@@ -97,6 +97,7 @@ def answers_of(base:Base, # the base model
     if keep: student.model.save_pretrained(path.with_suffix(""))
     write_csv(path, ask_full(student, line, **ask).assign(loss=line.loss[0], sound=line.sound[0], learnt=line.learnt[0]))
 
+# %% ../nbs/05_full.ipynb #5b2e90d7
 def full_answers(base:Base, # the base model
                  tasks:list, # `DiffTask`s
                  folder, # receives the answers

@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np, pandas as pd, torch
 from fastcore.basics import patch
 from transformers import AutoModel, AutoTokenizer
+from transformers.utils import logging as hf_logging
 from .core import *
 from .models import *
 
@@ -134,6 +135,7 @@ class Encoder:
                  longest:int=64, # tokens kept
                  memory:int=4096, # texts remembered
                 ):
+        hf_logging.disable_progress_bar() # as in `load_base`
         self.tok, self.model = AutoTokenizer.from_pretrained(folder), AutoModel.from_pretrained(folder, dtype=torch.float32).eval().requires_grad_(False)
         self.longest, self.memory, self.known = longest, memory, {}
 
