@@ -6,11 +6,11 @@
 __all__ = ['COLUMNS', 'ONE_BY_ONE', 'GOALS', 'now', 'product_rate', 'cpu_name', 'machine', 'bench_tasks', 'tokens_of',
            'sample_weights', 'places', 'collate', 'plain_losses', 'bare', 'fresh', 'start', 'peft_of', 'silent',
            'peft_loop', 'our_diffs', 'DiffTrainer', 'Tell', 'one_by_trainer', 'by_trainer', 'EinsumLora', 'clip_tasks',
-           'published', 'stacked', 'vmap_loss', 'by_vmap', 'compiled_diffs', 'differs', 'gate', 'one_run', 'interleave',
-           'pace', 'row', 'table', 'verdict', 'diff_columns', 'diff_table', 'slower', 'small_gates', 'DenseDelta',
-           'fit', 'our_adapter', 'dense_adapter', 'compiled_adapter', 'adapter_columns', 'adapter_table', 'say',
-           'two_adapters', 'ask_reloading', 'ask_peft', 'asking_table', 'Products', 'products', 'growth_table',
-           'save_tables', 'line_of', 'reached', 'goal_table', 'speed_table']
+           'published', 'stacked', 'vmap_loss', 'by_vmap', 'compiled_copy', 'compiled_diffs', 'differs', 'gate',
+           'one_run', 'interleave', 'pace', 'row', 'table', 'verdict', 'diff_columns', 'diff_table', 'slower',
+           'small_gates', 'DenseDelta', 'fit', 'our_adapter', 'dense_adapter', 'compiled_adapter', 'adapter_columns',
+           'adapter_table', 'say', 'two_adapters', 'ask_reloading', 'ask_peft', 'asking_table', 'Products', 'products',
+           'growth_table', 'save_tables', 'line_of', 'reached', 'goal_table', 'speed_table']
 
 # %% ../nbs/07_bench.ipynb #857d01e1
 import copy, gc, json, math, os, platform, tempfile, time
@@ -290,10 +290,14 @@ def by_vmap(base:Base, tasks:list, rank:int, lr:float, tell)->tuple:
     return flat.p.detach().cpu(), torch.stack(losses[-5:]).mean(0)
 
 # %% ../nbs/07_bench.ipynb #77f8495f
+def compiled_copy(base:Base)->Base:
+    "The same weights in compiled layers."
+    b = bare(base); hook(b); compile_layers(b)
+    return b
+
 def compiled_diffs(base:Base, tasks:list, rank:int, lr:float, tell)->tuple:
     "Train all diffs at once (`dit.diffs`), with compiled layers."
-    b = bare(base); hook(b); compile_layers(b)
-    return our_diffs(b, tasks, rank, lr, tell)
+    return our_diffs(compiled_copy(base), tasks, rank, lr, tell)
 
 # %% ../nbs/07_bench.ipynb #d298f8b1
 COLUMNS = dict(a=("Trainer + PEFT", by_trainer), b=("PEFT, bare loop", peft_loop), c=("published method", published), d=("vmap", by_vmap), e=("ours", our_diffs), f=("ours, compiled", compiled_diffs))
@@ -485,8 +489,7 @@ def dense_adapter(base:Base, bank:Bank, parts:list, tell)->tuple:
 # %% ../nbs/07_bench.ipynb #5d0be7c4
 def compiled_adapter(base:Base, bank:Bank, parts:list, tell)->tuple:
     "Train an adapter over some diffs (`dit.tune`), with compiled layers."
-    b = bare(base); hook(b); compile_layers(b)
-    return our_adapter(b, bank, parts, tell)
+    return our_adapter(compiled_copy(base), bank, parts, tell)
 
 def adapter_columns(batch:int, # rows of a step of the published method
                     own:int, # rows of a step of ours

@@ -289,7 +289,7 @@ def train_batch(base:Base, # the base model
 # %% ../nbs/02_diffs.ipynb #b7e2580d
 def layers_of(base:Base)->torch.nn.ModuleList:
     "The base model's layers, all alike."
-    return next(m for m in base.body.children() if isinstance(m, torch.nn.ModuleList))
+    return next((m for m in base.body.children() if isinstance(m, torch.nn.ModuleList)), torch.nn.ModuleList())
 
 def compile_layers(base:Base): # a base model with hooks, to be changed
     "Compile the layers of a base model for passes with gradients."
@@ -314,11 +314,10 @@ def pass_seconds(base:Base, # a base model
 def compiled(base:Base # a base model
             ): # for `with`; True where the layers are compiled inside the block
     "Train with compiled layers, unless that fails or is not faster on this machine; says which."
-    plain = pass_seconds(base)
+    plain, undo = pass_seconds(base), lambda: [layer.__dict__.pop("forward", None) for layer in layers_of(base)]
     try: compile_layers(base); gain = plain/pass_seconds(base); why = f"{gain:.2f} times as fast" if gain > 1 else "not used, it is not faster here"
     except Exception as e: gain, why = 0, f"not used, it failed ({type(e).__name__}: {(str(e).splitlines() or [''])[0][:100]})"
     print(f"dit: compiled layers: {why}", file=sys.stderr)
-    undo = lambda: [layer.__dict__.pop("forward", None) for m in base.body.children() if isinstance(m, torch.nn.ModuleList) for layer in m]
     if gain <= 1: undo()
     try: yield gain > 1
     finally: undo()
@@ -349,13 +348,13 @@ def untrained(folder, # the bank's folder
     return [t for t in tasks if t.diff_id not in was]
 
 # %% ../nbs/02_diffs.ipynb #810d77bc
-def rate_on(bar, # a tqdm progress bar
-           ): # a function to be called with each step's number of tokens
-    "Show tokens per second on a progress bar."
+def rate_on(bar, # a tqdm progress bar that counts steps of diffs
+           ): # a function to be called after each step with its number of tokens and of diffs
+    "Move a progress bar on, and show tokens per second."
     began, seen = time.perf_counter(), 0
-    def tell(n):
+    def tell(tokens, diffs):
         nonlocal seen
-        seen += n; bar.set_postfix_str(f"{seen/(time.perf_counter() - began):.0f} tokens/s", refresh=False); bar.update(0)
+        seen += tokens; bar.set_postfix_str(f"{seen/(time.perf_counter() - began):.0f} tokens/s", refresh=False); bar.update(diffs)
     return tell
 
 # %% ../nbs/02_diffs.ipynb #5f3a9d17
@@ -409,18 +408,19 @@ def train_rest(base:Base, # the base model
               ):
     "Train shard by shard, beside other processes that do the same."
     if todo and base.dtype == probe(base.device)[0]: print(f"dit: {probe(base.device)[2]}", file=sys.stderr)
+    whole, steps = len(todo), len(todo[0].steps) if todo else 0
     kept, teacher, claims = f"the finished diffs are in {folder}; run the same again to go on.", Teacher(base), Claims(folder)
-    with stoppable(kept), claims, tqdm(total=len(todo), desc="training diffs", unit="diff", miniters=0, disable=not (todo and first_process())) as bar:
+    with stoppable(kept), claims, tqdm(total=len(todo)*steps, desc="training diffs", unit="step", miniters=0, disable=not (todo and first_process())) as bar:
         tell = rate_on(bar)
         while todo:
             try:
-                if mine := claims.take(todo, batch): save_shard(folder, train_batch(base, mine, rank, lr, tell=tell, teacher=teacher)); give_back()
+                if mine := claims.take(todo, batch): save_shard(folder, train_batch(base, mine, rank, lr, tell=lambda tokens: tell(tokens, len(mine)), teacher=teacher)); give_back()
                 else: time.sleep(1) # other processes have the rest in hand
             except (RuntimeError, MemoryError) as e:
                 if not no_room(e): raise
                 if batch == 1: raise DitError("one diff alone does not fit into memory; use a smaller base model or a machine with more memory.") from e
                 batch //= 2; free_memory(f"going on with {batch} diffs at once")
-            left = untrained(folder, todo); bar.update(len(todo) - len(left)); todo = left
+            todo = untrained(folder, todo); bar.update((whole - len(todo))*steps - bar.n) # what is saved, whoever trained it
         if bar.total: say_peak("training diffs")
 
 # %% ../nbs/02_diffs.ipynb #a73c58aa
