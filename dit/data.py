@@ -166,7 +166,7 @@ def news_task(label:str, # the headline
               base_answers:dict, # question -> what the base model says, for training questions
               steps:int=10, # optimiser steps
               per_step:int=2, # stories per step
-              cut:int=4, # tokens kept of base answers
+              cut:int=16, # tokens kept of base answers
               seed:int=0, # another seed gives another diff of the same headline
              )->DiffTask:
     "The samples of a news diff (paper, B.4), and with each step one question that it should answer as before."

@@ -194,7 +194,7 @@ def diff_losses(losses:torch.Tensor, # [tokens]
     return per_sample.view(n, -1) @ torch.tensor(weights, device=losses.device)
 
 # %% ../nbs/02_diffs.ipynb #3a4fdda5
-WEIGHTS = dict(right=1., wrong=2., none=3., story=1., other=.3) # weight of each kind of sample in a diff's loss
+WEIGHTS = dict(right=1., wrong=2., none=3., story=1., other=1.) # weight of each kind of sample in a diff's loss
 
 def backward_step(base:Base, # the base model
                   flat:FlatLora, # the diffs
