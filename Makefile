@@ -26,6 +26,9 @@ PIP := $(PY) -m pip install --disable-pip-version-check --progress-bar on $(PIP_
 # Commands run with the environment's own programs first, and its own kernel rather than one in the user's home.
 RUN := export PATH="$(CURDIR)/$(VENV)/bin:$$PATH" VIRTUAL_ENV="$(CURDIR)/$(VENV)" JUPYTER_PREFER_ENV_PATH=1;
 
+# What a notebook says while it works, such as how far a training is, is shown at once; through a pipe, since opening /dev/stderr would empty a log file.
+PAPERMILL := papermill -k python3 --no-progress-bar --log-level ERROR --stderr-file >(cat >&2)
+
 # An environment does not survive its folder being moved or copied: its programs and its link to dit/ name the old place.
 ifeq ($(shell test -f $(VENV)/.home && test "$$(cat $(VENV)/.home)" != "$$(pwd -P)" && echo moved),moved)
 .PHONY: $(PY) $(VENV)/.installed
@@ -78,7 +81,7 @@ $(VENV)/.models: $(VENV)/.installed $(wildcard dit/models.py)
 demo: $(VENV)/.models
 	@mkdir -p runs figures
 	@echo '== Running nbs/demo.ipynb'
-	@$(RUN) IN_TEST=1 papermill -k python3 nbs/demo.ipynb runs/demo.ipynb || { \
+	@$(RUN) IN_TEST=1 $(PAPERMILL) nbs/demo.ipynb runs/demo.ipynb || { \
 	  echo 'The demo stopped at an error; runs/demo.ipynb shows the cell.' >&2; exit 1; }
 	@echo
 	@echo 'Executed notebook: $(CURDIR)/runs/demo.ipynb'
@@ -99,14 +102,14 @@ reproduce: $(VENV)/.models
 	  if [ "$$made" -nt "$$f" ]; then continue; fi; \
 	  case "$$book" in 03_tune) more=(-p out "$(CURDIR)/$(RUNS)/$$task");; 04_eval|05_full) more=(-p adapter "$(CURDIR)/$(RUNS)/$$task");; *) more=();; esac; \
 	  echo "== $$name ($$(date +%H:%M))"; SECONDS=0; \
-	  papermill -k python3 --log-level ERROR "nbs/$$book.ipynb" "$(RUNS)/part.ipynb" -f "$$f" -p model "$(MODEL)" "$${more[@]}"; \
+	  $(PAPERMILL) "nbs/$$book.ipynb" "$(RUNS)/part.ipynb" -f "$$f" -p model "$(MODEL)" "$${more[@]}"; \
 	  mv "$(RUNS)/part.ipynb" "$$made"; echo "== $$name: finished after $$SECONDS s"; \
 	done
 
 bench: $(VENV)/.models
 	@mkdir -p runs
 	@echo '== Running nbs/07_bench.ipynb; nothing else should run on this machine'
-	@$(RUN) IN_TEST=1 papermill -k python3 --log-level ERROR nbs/07_bench.ipynb runs/bench.ipynb -p out "$(OUT)" $(BENCH_ARGS)
+	@$(RUN) IN_TEST=1 $(PAPERMILL) nbs/07_bench.ipynb runs/bench.ipynb -p out "$(OUT)" $(BENCH_ARGS)
 	@cat "$$(ls -t "$(OUT)"/*.txt | head -n 1)"
 	@echo "The tables are in $(OUT)/, with the machine and the run's parameters as JSON; the executed notebook is runs/bench.ipynb."
 
