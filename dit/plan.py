@@ -53,13 +53,13 @@ ANSWERED = dict(hidden_topic=75*70, news=45*90) # tokens of all methods' and the
 ASKED = 60 # tokens of a row when the adapter is trained
 
 def work(base:Base, # a base model, or its skeleton
-         book:str, # 03_tune, 04_eval, 04_sweeps or 05_full
+         book:str, # 03_tune, 04_eval, 04_sweeps, 05_full or 22_fig_gate
          given:dict, # the run's parameters
         )->dict: # diffs to train, their rank (0: all parameters), and tokens: trained, predicted, adapter, written, answered
     "What one run has to do."
     task, held, full = given.get("task", "hidden_topic"), given.get("n_diffs", 8), book == "05_full"
     recipe = dict(steps=FULL[task]["steps"]) if full else {k: given[k] for k in ("steps", "trigger_kind") if given.get(k) and book != "04_sweeps"}
-    n = {"03_tune": given.get("n_train", 300) + 16, "04_eval": held, "05_full": held}.get(book, 0)
+    n = {"03_tune": given.get("n_train", 300) + 16, "04_eval": held, "05_full": held, "22_fig_gate": 40}.get(book, 0) # the gate: five recipes
     values = len(str(given.get("values", "1")).split())
     adapters = {"03_tune": given.get("n_train", 300)*given.get("epochs", 8), "04_sweeps": 0 if given.get("trigger_kind") else values*given.get("steps", 100)*8}.get(book, 0)
     each, predicted = diff_tokens(base, task, **recipe)
