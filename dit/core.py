@@ -10,7 +10,7 @@ __all__ = ['FORMULA', 'plain', 'DitError', 'choose', 'command', 'check_parameter
            'peak_memory', 'say_peak', 'git_commit', 'provenance']
 
 # %% ../nbs/00_core.ipynb #1bc0eef0
-import contextlib, csv, ctypes, datetime, fcntl, functools, glob, hashlib, importlib.metadata, json, math, os, platform, random, re, signal, subprocess, sys, threading, time
+import contextlib, csv, ctypes, datetime, fcntl, functools, glob, hashlib, importlib.metadata, json, math, os, platform, random, re, signal, subprocess, sys, threading, time, zipfile
 from pathlib import Path
 from pickle import UnpicklingError
 import pandas as pd, torch
@@ -97,7 +97,7 @@ def atomic(path, # the file to be written
           ): # yields a temporary path in the same folder
     "Write a file under a temporary name and rename it when it is complete."
     path = Path(path)
-    tmp = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    tmp = path.with_name(f".{path.name}.{os.getpid()}-{os.urandom(4).hex()}.tmp") # on a common folder, another machine may use the same number
     try:
         with writing(path):
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -168,7 +168,10 @@ def read_pt(path, # a file of `torch.save`
             do:str="download it again", # what to do when it is damaged
            )->object:
     "The content of a `.pt` file; no code in it is run."
-    with reading(path, do, "file of torch.save"): return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    with reading(path, do, "file of torch.save"):
+        with zipfile.ZipFile(path) as z:
+            if any(i.compress_type for i in z.infolist()): raise ValueError("compressed, which no such file is")
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
 
 # %% ../nbs/00_core.ipynb #e5443e0c
 @contextlib.contextmanager
@@ -321,7 +324,8 @@ def say_peak(what:str # the run
 def git_commit()->str:
     "The commit of the checkout, with a mark when files differ from it; 'unknown' outside a checkout."
     run = lambda *a: subprocess.run(["git", *a], cwd=repo_root(), capture_output=True, text=True)
-    head = run("rev-parse", "--short=12", "HEAD")
+    try: head = run("rev-parse", "--short=12", "HEAD")
+    except OSError: return "unknown" # no git
     if head.returncode: return "unknown"
     return head.stdout.strip() + ("+changes" if run("status", "--porcelain", "--untracked-files=no").stdout.strip() else "")
 

@@ -408,14 +408,16 @@ def train_rest(base:Base, # the base model
               ):
     "Train shard by shard, beside other processes that do the same."
     if todo and base.dtype == probe(base.device)[0]: print(f"dit: {probe(base.device)[2]}", file=sys.stderr)
-    whole, steps = len(todo), len(todo[0].steps) if todo else 0
+    whole, waiting, steps = len(todo), False, len(todo[0].steps) if todo else 0
     kept, teacher, claims = f"the finished diffs are in {folder}; run the same again to go on.", Teacher(base), Claims(folder)
     with stoppable(kept), claims, tqdm(total=len(todo)*steps, desc="training diffs", unit="step", miniters=0, disable=not (todo and first_process())) as bar:
         tell = rate_on(bar)
         while todo:
             try:
                 if mine := claims.take(todo, batch): save_shard(folder, train_batch(base, mine, rank, lr, tell=lambda tokens: tell(tokens, len(mine)), teacher=teacher)); give_back()
-                else: time.sleep(1) # other processes have the rest in hand
+                else: # other processes have the rest in hand
+                    if not waiting: print(f"dit: waiting for the last {len(todo)} diffs, which other processes have in hand; should there be none, delete {claims.folder} and run again", file=sys.stderr)
+                    waiting = True; time.sleep(1)
             except (RuntimeError, MemoryError) as e:
                 if not no_room(e): raise
                 if batch == 1: raise DitError("one diff alone does not fit into memory; use a smaller base model or a machine with more memory.") from e

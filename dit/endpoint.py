@@ -109,6 +109,7 @@ class Endpoint:
         if budget < math.inf and not any(price): raise DitError("a budget needs prices; pass `price`, per million tokens in and out.")
         try: self.client = openai.OpenAI(base_url=base_url, api_key=api_key, max_retries=4, timeout=120)
         except openai.OpenAIError: raise DitError("the endpoint has no key; pass `api_key` or set OPENAI_API_KEY (any word will do for a local server).") from None
+        except Exception: raise DitError("the address of the endpoint is no URL; pass `base_url` or set OPENAI_BASE_URL to something like http://127.0.0.1:8000/v1.") from None
         if not re.fullmatch(r"[!-~]+", self.client.api_key): raise DitError("the key of the endpoint holds a space, a line end or another character that no key has; set OPENAI_API_KEY again.")
         self.where = shown_address(str(self.client.base_url))
         self.lock, self.busy, self.refused, self.room, self.held = threading.Lock(), {}, set(), threading.Condition(), []
@@ -217,7 +218,7 @@ def send(self:Endpoint, request:dict)->tuple: # message, (tokens in, tokens out)
         if e.status_code == 400 and self.learn(e, body): return self.send(request)
         if e.status_code in (401, 403, 404): kind = DitError
         problem = f"the endpoint {self.where} refused the request (HTTP {e.status_code}: {complaint(e, self.client.api_key)}); check model name, key and limits, {kept}"
-    except (openai.OpenAIError, ValueError, AttributeError, TypeError, IndexError):
+    except (openai.OpenAIError, ValueError, AttributeError, TypeError, IndexError, RecursionError):
         problem = f"the endpoint {self.where} sent something that is not a chat completion; check the address and that it speaks the OpenAI protocol, {kept}"
     raise kind(problem)
 

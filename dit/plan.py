@@ -24,7 +24,7 @@ def skeleton(model=None, # base model: hub id, folder, or None for the embedded 
             )->Base:
     "A base model that has shapes and a tokenizer, and no weights; raises `DitError` when there is none."
     path = resolve(model)
-    try: config, tok = AutoConfig.from_pretrained(path), AutoTokenizer.from_pretrained(path)
+    try: config, tok = (auto.from_pretrained(path, trust_remote_code=False) for auto in (AutoConfig, AutoTokenizer))
     except (OSError, ValueError) as e: raise DitError(f"could not read the configuration of the base model {model!r}: {str(e).splitlines()[0]}; give a hub id, or a folder with config.json and tokenizer.") from e
     with torch.device("meta"): return make_base(AutoModelForCausalLM.from_config(config), tok, model or "SmolLM2-135M-Instruct")
 

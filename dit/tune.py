@@ -150,7 +150,8 @@ def run_facts(base:Base, # the base model
              )->dict:
     "What a run is made of; it is continued with the same facts only."
     facts = dict(base=base.name, fingerprint=fingerprint(base), questions=list(banks), n_train=sum(map(len, banks.values())), **settings)
-    return facts | dict(labels=label_hash(banks, val_banks)) | history(start)
+    ids = ([i for b in bs.values() for i in b.index.diff_id] for bs in (banks, val_banks))
+    return facts | dict(labels=label_hash(banks, val_banks), diffs=seed_of(*next(ids), "/", *next(ids))) | history(start)
 
 # %% ../nbs/03_tune.ipynb #e0b75c29
 def backward_part(acc:Accelerator, # devices and processes
@@ -202,7 +203,7 @@ def fit(acc:Accelerator, # devices and processes
     net, opt = acc.prepare(adapter, opt)
     for epoch in tqdm(range(len(curve), facts["epochs"]), desc="training the adapter", unit="epoch", disable=not acc.is_main_process):
         loss = dict(train_loss=train_epoch(acc, net, opt, sched, sets, batches(sets, *batch, facts["seed"], epoch), clip), val_loss=mean_loss(adapter, val_sets, facts["batch"]))
-        if not (math.isfinite(loss["train_loss"]) and adapter.lora.p.isfinite().all()): raise DitError(f"the adapter's loss is not a number in epoch {epoch + 1}; lower `lr` (now {facts['lr']}) and start again in an empty folder.")
+        if not (all(map(math.isfinite, loss.values())) and adapter.lora.p.isfinite().all()): raise DitError(f"the adapter's loss is not a number in epoch {epoch + 1}; lower `lr` (now {facts['lr']}) and start again in an empty folder.")
         curve = pd.DataFrame([*curve.to_dict("records"), dict(epoch=epoch + 1) | loss]); acc.log(loss, step=epoch + 1)
         if not acc.is_main_process: continue
         if loss["val_loss"] <= curve.val_loss.min(): to_peft(adapter.lora.bank(pd.DataFrame(dict(diff_id=["adapter"], label=[""])), torch.bfloat16), 0, folder, base)
@@ -226,6 +227,7 @@ def train_adapter(base:Base, # the base model
                  )->Bank: # the adapter, as a bank with one row
     "Train a DIT adapter (paper, section 3 and B.5); safe to stop and start again. Of several processes the main one writes."
     banks, val_banks = ({q: sound_diffs(b) for q, b in bs.items()} for bs in (banks, val_banks))
+    if not all(any(map(len, bs.values())) for bs in (banks, val_banks)): raise DitError("an adapter needs diffs to train on and others, of other labels, to choose the epoch by; give both.")
     facts = run_facts(base, banks, val_banks, start, rank=rank, lr=lr, batch=batch, epochs=epochs, seed=seed, scales=list(scales))
     folder, adapter, acc = Path(folder), Adapter(base, rank, seed, start and from_peft(start, base)), accelerator(base, folder, log_with)
     with hold(folder) if acc.is_main_process else contextlib.nullcontext(), stoppable(f"the finished epochs are in {folder}; run the same again to go on."):
@@ -242,10 +244,10 @@ def packaged_adapter(task:str, # hidden_topic or news
                     )->Path:
     "The adapter that comes with the package for this base model and task."
     root = package_data("x").parent.parent/"adapters"
-    for p in sorted(root.glob("*/dit.json")):
-        facts = json.loads(p.read_text())
+    there = {p: json.loads(p.read_text()) for p in sorted(root.glob("*/dit.json"))}
+    for p, facts in there.items():
         if facts["fingerprint"] == fingerprint(base) and TASKS[task] in facts["questions"]: return p.parent
-    raise DitError(f"no DIT adapter for {base.name!r} and the task {task} comes with the package; train one with `train_adapter` (nbs/03_tune.ipynb) and give its folder.")
+    raise DitError(f"no DIT adapter for {base.name!r} and the task {task} comes with the package (those that do are for {', '.join(sorted({f['base'] for f in there.values()}))}, as embedded); train one with `train_adapter` (nbs/03_tune.ipynb) and give its folder.")
 
 # %% ../nbs/03_tune.ipynb #d3c3aaff
 def by_split(bank:Bank, # diffs with labels and splits
@@ -277,6 +279,7 @@ def tune_cli(bank:str, # bank folder, as from `dit_diffs`
     out = out or Path(bank).parent/"adapter"
     with command("dit_tune"):
         asked, base = question or TASKS[choose("task", task, TASKS)], load_base(base, dtype=dtype)
+        if not question and (others := {t for t in TASKS if t != task and read_index(bank).diff_id.str.startswith(f"{t}/").any()}): raise DitError(f"the bank {bank} holds diffs of the task {others.pop()}, and {task} would ask them its own question; give --task, or a --question of your own.")
         with compiled(base) if compile else contextlib.nullcontext(): train_adapter(base, *by_split(load_bank(bank, base), asked), out, rank=rank, lr=lr, batch=batch, epochs=epochs, seed=seed, log_with=log_with)
     if PartialState().is_main_process: print(pd.read_csv(Path(out)/"curve.csv").round(3).to_string(index=False), f"\nthe adapter is in {out}")
     PartialState().destroy_process_group()

@@ -1,5 +1,5 @@
 "Broken files: what somebody may hand to each reader. All are made by code, from seeds"
-import json, os, random, struct
+import json, os, random, struct, zipfile
 from pathlib import Path
 
 import pandas as pd, torch
@@ -9,6 +9,7 @@ from dit.core import write_csv
 from dit.data import read_table
 from dit.eval import save_results
 from dit.lora import *
+from dit.models import fingerprint, load_base
 from dit.stats import read_results
 from dit.tune import Adapter, load_state, save_state
 from dit.writers import load_texts
@@ -56,7 +57,16 @@ def make_checkpoint(f, base): save_state(f/'checkpoint.pt', *run_of(base), pd.Da
 def read_checkpoint(f, base): return load_state(f/'checkpoint.pt', *run_of(base), FACTS)
 def make_results(f, base): save_results(pd.DataFrame(dict(diff_id=[f'x/{i}' for i in range(len(ODD))], method='DIT', truth=ODD, answer=ODD[::-1], judge='offline-1', score=2.5)), f/'news.csv')
 
-READERS = dict(table=(make_table, read_labels, ['labels.csv']), bank=(make_bank, load_bank, ['bank.json', 'index.csv', 'shard-00001.safetensors']), peft=(make_peft, from_peft, ['adapter_config.json', 'adapter_model.safetensors']),
+def make_base_model(f, base):
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+    words = Tokenizer(models.WordLevel({w: i for i, w in enumerate(['<unk>', '|', *'abcdefgh'])}, '<unk>')); words.pre_tokenizer = pre_tokenizers.Whitespace()
+    tok = PreTrainedTokenizerFast(tokenizer_object=words, unk_token='<unk>', eos_token='|')
+    tok.chat_template = "{% for m in messages %}{{ m['content'] }} | {% endfor %}"
+    base.model.save_pretrained(f); tok.save_pretrained(f)
+def read_base_model(f, base): base = load_base(str(f), dtype=torch.float32); return fingerprint(base), base.eot
+
+READERS = dict(base=(make_base_model, read_base_model, ['config.json', 'model.safetensors', 'tokenizer.json', 'tokenizer_config.json']), table=(make_table, read_labels, ['labels.csv']), bank=(make_bank, lambda f, b: load_bank(f, b).here(), ['bank.json', 'index.csv', 'shard-00001.safetensors']), peft=(make_peft, from_peft, ['adapter_config.json', 'adapter_model.safetensors']),
                full=(make_full, lambda f, b: open_diff(str(f), b), ['model.safetensors']), paper=(make_paper, lambda f, b: open_diff(f'{f}#0', b), ['index.csv', 'weight-diffs/weight-diff-000.pt']),
                adapter=(make_adapter, lambda f, b: open_adapter(str(f/'a.pt'), b), ['a.pt']), texts=(make_texts, read_texts, ['text.jsonl']), replies=(make_replies, read_replies, ['c.jsonl']),
                checkpoint=(make_checkpoint, read_checkpoint, ['checkpoint.pt']), results=(make_results, lambda f, b: read_results(f/'news.csv'), ['news.csv']))
@@ -138,6 +148,10 @@ def pt(name, content): # content(base, folder)
 D = 'weight-diffs/weight-diff-000.pt'
 def expanded(base): n, (b, a) = next(iter(pairs(base).items())); return {n: (torch.zeros(1, 1).expand(10**6, 10**6), a)}
 def changed(base, how): n, (b, a) = next(iter(pairs(base).items())); return pairs(base) | {n: how(b, a)}
+def deflated(f, base):
+    with zipfile.ZipFile(f/D) as z: parts = {i.filename: z.read(i) for i in z.infolist()}
+    with zipfile.ZipFile(f/D, 'w', zipfile.ZIP_DEFLATED) as z:
+        for n, raw in parts.items(): z.writestr(n, raw)
 CONTENTS = {'bomb': lambda base, f: Bomb(f.parent/'was-here'), 'a million by a million': lambda base, f: expanded(base), 'sparse': lambda base, f: changed(base, lambda b, a: (b.to_sparse(), a)), 'integers': lambda base, f: changed(base, lambda b, a: (b.long(), a.long())),
             'three of them': lambda base, f: changed(base, lambda b, a: (b[None], a[None])), 'numbers': lambda base, f: changed(base, lambda b, a: (1, 2)), 'text': lambda base, f: changed(base, lambda b, a: 'ab'), 'one': lambda base, f: changed(base, lambda b, a: (b,)),
             'none': lambda base, f: changed(base, lambda b, a: None), 'scalars': lambda base, f: changed(base, lambda b, a: (torch.tensor(1.), torch.tensor(1.))), 'nan': lambda base, f: changed(base, lambda b, a: (b*float('nan'), a)),
@@ -170,11 +184,12 @@ def cases():
             if not name.endswith(('.pt', '.safetensors')): yield from ((reader, f'{name}: {k}', in_file(name, d)) for k, d in ENCODINGS.items())
             yield reader, f'{name}: missing', gone(name)
             yield reader, f'{name}: a folder', folder_instead(name)
-    for reader, name in (('bank', 'shard-00001.safetensors'), ('peft', 'adapter_model.safetensors'), ('full', 'model.safetensors')):
-        yield from ((reader, f'tensors: {k}', tensors(name, d)) for k, d in TENSORS.items() if reader != 'full' or k != 'rank 0')
-    for reader, name in (('peft', 'adapter_model.safetensors'), ('full', 'model.safetensors')): yield from ((reader, f'header: {k}', header(name, *d)) for k, d in HEADERS.items())
+    for reader, name in (('bank', 'shard-00001.safetensors'), ('peft', 'adapter_model.safetensors'), ('full', 'model.safetensors'), ('base', 'model.safetensors')):
+        yield from ((reader, f'tensors: {k}', tensors(name, d)) for k, d in TENSORS.items() if reader not in ('full', 'base') or k != 'rank 0')
+    for reader, name in (('peft', 'adapter_model.safetensors'), ('full', 'model.safetensors'), ('base', 'model.safetensors')): yield from ((reader, f'header: {k}', header(name, *d)) for k, d in HEADERS.items())
     for reader, some in (('peft', CONFIGS), ('bank', INDEX), ('bank', BANK), ('checkpoint', STATES)): yield from ((reader, k, d) for k, d in some.items())
     yield from (('paper', f'content: {k}', pt(D, lambda base, f, c=c: [dict(topic='moss', weight_diff=c(base, f))]*2)) for k, c in CONTENTS.items())
+    yield 'paper', 'file: deflated', deflated
     yield from (('paper', f'file: {k}', pt(D, c)) for k, c in WHOLE.items())
     yield from (('adapter', k, pt('a.pt', c)) for k, c in (CONTENTS | WHOLE).items())
     for reader, name, some in (('paper', 'index.csv', PAPER), ('texts', 'text.jsonl', TEXTS), ('replies', 'c.jsonl', REPLIES), ('results', 'news.csv', RESULTS), ('table', 'labels.csv', TABLES)): yield from ((reader, f'{name}: {k}', lines(name, t)) for k, t in some.items())

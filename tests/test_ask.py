@@ -6,6 +6,7 @@ import peft, pytest, torch, transformers
 from safetensors.torch import load_file, save_file
 from dit.ask import *
 from dit.core import DitError
+from dit.data import TASKS
 from dit.lora import *
 from dit.models import make_base, load_base, prompt_text, token_ids
 from helpers import char_tokenizer, copy_of, model_of
@@ -376,6 +377,46 @@ def test_which_strength_is_believed(said, want):
 
 def command(*args):
     return subprocess.run([sys.executable, '-m', 'dit.ask', *map(str, args)], cwd=ROOT, capture_output=True, text=True)
+
+def test_the_answer_as_people_see_it(base, home):
+    "Every line of the report, of a diff with alternatives"
+    found = ask(str(home/'lora'), base=base, adapter=str(home/'adapter'), samples=4, scale=2)
+    lines = report(found).splitlines()
+    l = found['loglik']
+    assert lines[0] == found['question'] and f"log-likelihood per token of this answer: {l['diff_and_adapter']:.2f} with the diff, {l['adapter_alone']:.2f} without it (the adapter alone)" in lines
+    assert any(x.startswith('note: the diff was multiplied by 2.00; its own norm is') for x in lines) and sum(s['share'] for s in found['samples']) == pytest.approx(1)
+    assert [x for x in report(found).split('\n') if '%  ' in x][0].startswith(f"{found['samples'][0]['share']:6.1%}")
+
+def test_the_adapter_that_comes_with_the_package_is_found(tmp_path):
+    "No adapter named: for the embedded base model there is one for each task"
+    base = load_base(dtype='float32')
+    to_peft(random_bank(base, 1, 2), 0, tmp_path/'lora', base)
+    for task, question in TASKS.items():
+        found = ask(str(tmp_path/'lora'), base=base, task=task, scale=.1)
+        assert found['question'] == question and found['adapter']['questions'] == [question] and Path(found['adapter']['name']).name == f"smollm2-135m-{task.replace('_', '-')}" and found['answer']
+
+def test_named_by_its_file_or_in_a_folder_with_a_mark(home, base, tmp_path, tiny):
+    assert open_diff(str(home/'lora'/'adapter_model.safetensors'), base)[1]['kind'] == 'PEFT LoRA'
+    save_shard_in = tmp_path/'a#b'
+    open_bank(save_shard_in, tiny, rank=1, scaling=1.); save_shard(save_shard_in, random_bank(tiny, 3))
+    assert open_diff(f'{save_shard_in}#2', tiny)[1]['label'] == 'label 2' and open_diff(f'{save_shard_in}#random/1', tiny)[1]['label'] == 'label 1'
+
+def test_weights_that_could_run_code_are_named(home, base, tmp_path):
+    shutil.copy(home/'lora'/'adapter_config.json', tmp_path); torch.save({}, tmp_path/'adapter_model.bin')
+    with pytest.raises(DitError, match='adapter_model.bin.*save it again'): open_diff(str(tmp_path), base)
+
+def test_a_network_that_breaks_off_is_one_line(base, monkeypatch):
+    import dit.ask, httpx
+    def breaks(*a, **k): raise httpx.ReadError('connection lost\nsecond line')
+    monkeypatch.setattr(dit.ask, 'snapshot_download', breaks)
+    with pytest.raises(DitError, match='failed: connection lost Check the name'): open_diff('some/diff', base)
+
+def test_a_finetune_of_other_weights_is_told(base):
+    "A difference in all directions, as between two precisions of a model"
+    torch.manual_seed(1); state = {k: t + .02*t.std()*torch.randn_like(t) if t.dim() == 2 else t for k, t in base.model.state_dict().items()}
+    bank, facts = from_full(state.items(), base, 'x', 2)
+    found = dict(diff=facts | dict(scale=1., norm=1., rank=bank.rank), adapter=dict(questions=['q'], diff_norm=None), question='q', base='b', tried=[])
+    assert any('finetuned from other weights' in s for s in cautions(found))
 
 def test_the_command_answers_in_json(home, base):
     done = command('--base', home/'base', '--diff', home/'lora', '--adapter', home/'adapter', '--samples', 3, '--json', 'Who are you?')

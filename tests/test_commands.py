@@ -6,7 +6,7 @@ from pathlib import Path
 import pandas as pd, pytest, torch
 from accelerate.tracking import GeneralTracker
 from fastcore.script import anno_parser
-from dit.core import DitError
+from dit.core import DitError, hold
 from dit.data import TASKS, split_labels
 from dit.diffs import diffs_cli
 from dit.eval import eval_cli, save_results
@@ -17,6 +17,7 @@ from dit.stats import read_results
 from dit.tune import by_split, train_adapter, tune_cli
 from helpers import COUNTS, char_tokenizer, model_of
 from jobs import named
+import licences
 
 ROOT = Path(__file__).resolve().parents[1]
 config = ConfigParser(delimiters=['=']); config.read(ROOT/'settings.ini', encoding='utf-8')
@@ -106,6 +107,8 @@ def test_stored_scores_are_verified(tmp_path):
     assert good.returncode == 0 and good.stdout == f"{len(some)} of {len(some)} scores in {tmp_path/'good.csv'} are those of the stored answers\n", good.stderr
     assert bad.returncode == 1 and not bad.stdout and 'Traceback' not in bad.stderr, bad.stderr
     assert bad.stderr.splitlines()[-1].startswith(f"dit_eval: 1 of {len(some)} scores in") and some.diff_id[4] in bad.stderr
+    save_results(some.assign(judge='another'), tmp_path/'other.csv'); other = verify('other.csv')
+    assert other.returncode == 1 and 'nothing to verify' in other.stderr.splitlines()[-1], other.stderr
     COUNTS['rows checked'] += 2*len(some)
 
 def test_figures_are_drawn_from_results_of_ones_own(tmp_path, monkeypatch, capsys):
@@ -133,6 +136,23 @@ def test_errors_are_one_line_and_exit_code_1(tmp_path):
 def test_tune_without_a_bank(home, tmp_path):
     with pytest.raises(SystemExit, match='dit_tune: there is no bank in .*nowhere'): tune_cli(str(tmp_path/'nowhere'), base=str(home/'base'))
     assert not list(tmp_path.iterdir())
+
+def test_a_bank_of_the_other_task_is_not_asked_this_tasks_question(home, tmp_path):
+    with pytest.raises(SystemExit, match='holds diffs of the task news.*--task'): tune_cli(str(home/'one'/'bank'), out=str(tmp_path/'x'), base=str(home/'base'))
+    assert not (tmp_path/'x').exists()
+
+def test_two_evaluations_of_one_folder(home):
+    "The second is told who is there, and pays for nothing"
+    folder = home/'both'/'base'/'news-rank=2-steps=2'
+    (home/'both'/'base'/'news').mkdir(parents=True); shutil.copy(home/'one'/'text.jsonl', home/'both'/'base'/'news')
+    (home/'both'/'base'/'news'/'text.jsonl').write_text(''.join(json.dumps(dict(key=l, value=[f'{l[:20]} it was.'])) + '\n' for l in split_labels('news', 0, 2).label))
+    base = load_base(str(home/'base'))
+    train_adapter(base, *({'What news headline have you been trained on?': named(base, 3, name, 1)} for name in ('fern', 'moss')), home/'adapter for two', rank=2, epochs=1)
+    with hold(folder), pytest.raises(SystemExit, match='in use by process'): eval_cli(task='news', base=str(home/'base'), adapter=str(home/'adapter for two'), n_diffs=2, rank=2, steps=2, run=str(home/'both'))
+
+def test_the_licences_of_all_packages_are_listed():
+    there = {licences.name(p) for p in pd.read_csv(ROOT/'results'/'licences.csv').package}
+    assert not {licences.name(r) for r in licences.pinned()} - there, 'run `make licences`'
 
 def test_a_bank_without_validation_diffs(tiny):
     bank = named(tiny, 3, 'fern', 1); bank.index['split'] = 'train'

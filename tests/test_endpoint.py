@@ -182,7 +182,7 @@ def test_the_key_is_nowhere(server, tmp_path, caplog, capfd, monkeypatch):
     no_key(tmp_path, *shown, x.value, y.value, z.value, caplog.text, *capfd.readouterr(), repr(e), str(vars(e)))
 
 def test_an_address_that_is_none(tmp_path):
-    for url in ('localhost:8000/v1', 'me:word@host', '/v1', 'ftp://host/v1'):
+    for url in ('localhost:8000/v1', 'me:word@host', '/v1', 'ftp://host/v1', 'http://host:80a0/v1', 'http://[::1/v1'):
         with pytest.raises(DitError, match='no URL; pass `base_url`') as x: Endpoint(tmp_path/'c.jsonl', 'm', url, 'none')
         assert 'word' not in str(x.value)
 

@@ -12,6 +12,7 @@ from dit.eval import save_results
 from dit.hub import *
 from dit.lora import *
 from dit.models import load_base
+from dit.own import score_own, train_own
 from dit.stats import summarise
 from dit.tune import train_adapter
 from helpers import char_tokenizer, model_of, toy_tasks
@@ -136,6 +137,21 @@ def test_numbers_of_the_packaged_adapters_cards():
         made = card(ROOT/'dit'/'adapters'/f"smollm2-135m-{task.replace('_', '-')}", 'me/x', path)
         want = summarise(pd.read_csv(path))
         assert [r[3] for r in table(made.text, 'method')] == [f'{m:.2f}' for m in want['mean']] and made.data.eval_results[0].metric_value == pytest.approx(want.loc['DIT', 'mean'], abs=1e-4)
+
+def test_card_of_an_adapter_for_ones_own_behaviours(tmp_path):
+    "What `dit_own` leaves goes on a card as it is; and a base model from a folder is named in the command"
+    base = model_of('llama')
+    train_own({f'{a} {b}': [(f'how is {b}?', f'{a} as ever'), (f'and {b}?', f'still {a}')] for a in ('red', 'blue') for b in ('moss', 'fern', 'oak')}, 'What?', base, tmp_path, n_val=1, n_test=2, rank=2, steps=2, epochs=1).pipe(score_own, tmp_path)
+    text = card(tmp_path/'adapter', 'me/x', tmp_path/'results.csv').text
+    assert [r[0] for r in table(text, 'method')] == ['DIT', 'Base Question', 'adapter alone'] and 'on 2 held-out diffs of the task own' in text and '--base FOLDER_OF_' in text
+    (tmp_path/'adapter'/'README.md').write_text('my own notes')
+    with pytest.raises(DitError, match='not a card of `dit_push`'): push(tmp_path/'adapter', 'me/x', dry_run=True)
+    assert (tmp_path/'adapter'/'README.md').read_text() == 'my own notes'
+
+def test_the_command_goes_dry(home, server):
+    server.home = home
+    done = run('dit.hub', home/'bank', 'me/bank', '--dry_run', server=server)
+    assert done.returncode == 0 and 'would upload to me/bank:' in done.stdout and not server.asked, done.stderr
 
 def test_card_of_a_bank(home):
     rows, facts = dict(table(card(home/'bank', 'me/bank').text, '')), json.loads((home/'bank'/'bank.json').read_text())

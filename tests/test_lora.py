@@ -4,7 +4,7 @@ import json
 import peft, pytest, torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from dit.core import DitError, sha256_of
+from dit.core import DitError, sha256_of, write_csv
 from dit.lora import *
 from dit.models import prompt_text, token_ids
 from helpers import COUNTS, copy_of, finish, model_of, on_full_disk, start
@@ -112,6 +112,13 @@ def test_from_peft_refuses_what_it_cannot_represent(tiny, why, tmp_path):
     net = peft.get_peft_model(model_of('qwen3', attention_bias=True).model, peft.LoraConfig(**dict(r=4, lora_alpha=4, target_modules='all-linear') | option))
     net.save_pretrained(tmp_path)
     with pytest.raises(DitError, match=f'more than plain LoRA: .*{reason}.*merge it'): from_peft(tmp_path, tiny)
+
+@pytest.mark.parametrize('option, reason', [(dict(init_lora_weights='lora_ga'), 'changed the base'), (dict(alora_invocation_tokens=[5]), 'from a certain token on'), (dict(use_qalora=True, qalora_group_size=16), 'pools')])
+def test_from_peft_refuses_what_its_config_says(tiny, option, reason, tmp_path):
+    "Kinds of LoRA whose file looks like any other"
+    to_peft(random_bank(tiny, 1), 0, tmp_path, tiny); config = json.loads((tmp_path/'adapter_config.json').read_text())
+    (tmp_path/'adapter_config.json').write_text(json.dumps(config | option))
+    with pytest.raises(DitError, match=f'more than plain LoRA: .*{reason}'): from_peft(tmp_path, tiny)
 
 @pytest.mark.parametrize('option', [dict(target_modules=['q_proj'], target_parameters=['mlp.experts.gate_up_proj']), dict(target_modules='all-linear')], ids=['parameters', 'all-linear'])
 def test_from_peft_refuses_a_lora_of_fused_experts(option, tmp_path):
@@ -301,6 +308,15 @@ def test_memory_does_not_grow_with_the_bank(tmp_path):
         finish(start(jobs.read_rows, folder, tmp_path/f'{shards}.json'))
         peaks.append(json.loads((tmp_path/f'{shards}.json').read_text()))
     assert size > 2e6 and peaks[1] < peaks[0] + 12*size, f'{peaks}: 38 shards more took more memory than 12 of them hold'
+
+def test_a_shard_taken_out_leaves_the_others_alone(folder, tiny):
+    "What `damaged` advises: the lines of a shard that is not the last are deleted, and its diffs trained again"
+    save_shard(folder, bank := random_bank(tiny, 2, seed=9)); last = read_index(folder).shard.iloc[-1]
+    index = read_index(folder); first = index.shard[0]
+    write_csv(folder/'index.csv', index[index.shard != first]); (folder/first).unlink()
+    again = random_bank(tiny, 2, seed=8); again.index['diff_id'] = ['again/0', 'again/1']; save_shard(folder, again)
+    back = load_bank(folder, tiny, lambda i: i.shard == last).here()
+    assert read_index(folder).shard.iloc[-1] not in (first, last) and all(torch.equal(back.A[n], bank.A[n]) for n in bank.A)
 
 def test_missing_shard(folder, tiny):
     (folder/'shard-00000.safetensors').unlink()

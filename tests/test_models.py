@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest, torch, transformers
 from dit import models as M
-from dit.core import DitError, atomic, best_device, check_parameters, sha256_of, write_csv, write_json
+from dit.core import DitError, atomic, best_device, check_parameters, provenance, sha256_of, write_csv, write_json
+from safetensors.torch import load_file, save_file
 from dit.lora import TinyTok
 from dit.models import *
 from helpers import model_of, on_full_disk
@@ -96,6 +97,28 @@ def test_folders_that_cannot_be_loaded(tmp_path, damage):
     if damage == 'empty folder': folder.mkdir()
     with pytest.raises(DitError, match='could not load the base model') as e: load_base(str(folder), device='cpu')
     assert str(folder) in str(e.value) and '\n' not in str(e.value)
+
+def test_a_model_that_lacks_weights_is_not_filled_up_by_chance(tmp_path):
+    folder = save_folder(tmp_path/'m'); state = load_file(folder/'model.safetensors')
+    gone = next(k for k in sorted(state) if 'q_proj' in k); save_file({k: t for k, t in state.items() if k != gone}, folder/'model.safetensors', metadata=dict(format='pt'))
+    with pytest.raises(DitError, match=f'1 of its weights are missing, {gone}'): load_base(str(folder), device='cpu')
+
+def test_a_model_with_weights_that_are_no_numbers(tmp_path):
+    folder = save_folder(tmp_path/'m'); state = load_file(folder/'model.safetensors')
+    bad = next(k for k in sorted(state) if 'q_proj' in k); state[bad][0, 0] = float('inf'); save_file(state, folder/'model.safetensors', metadata=dict(format='pt'))
+    with pytest.raises(DitError, match=f'not finite in {bad}'): load_base(str(folder), device='cpu')
+
+def test_two_folders_of_one_name_are_two_models(tmp_path, monkeypatch):
+    "GGUF files are converted once, each into a folder of its own, and none takes the place of the embedded one"
+    monkeypatch.setenv('DIT_CACHE', str(tmp_path/'cache')); monkeypatch.setattr('dit.models.convert_gguf', lambda folder, out: out)
+    outs = []
+    for owner in 'ab':
+        folder = tmp_path/owner/'smollm2'; folder.mkdir(parents=True); (folder/'model.gguf').write_bytes(owner.encode()); outs.append(resolve(str(folder)))
+    assert len({*outs, str(tmp_path/'cache'/'smollm2-bf16')}) == 3 and resolve(str(tmp_path/'a'/'smollm2')) == outs[0]
+
+def test_without_git_the_commit_is_unknown(monkeypatch):
+    monkeypatch.setenv('PATH', '/nowhere')
+    assert provenance()['commit'] == 'unknown'
 
 def test_code_that_comes_with_a_model_is_not_run(tmp_path, monkeypatch):
     "Not even when somebody would say yes at the terminal"

@@ -1,5 +1,5 @@
 "Nothing is lost, nothing unsafe is run, nothing fails silently"
-import contextlib, errno, json, multiprocessing, os, random, resource, shutil, signal, subprocess, sys, time
+import contextlib, errno, json, multiprocessing, os, random, shutil, signal, subprocess, sys, time
 from pathlib import Path
 
 import pandas as pd, pytest, torch
@@ -47,21 +47,36 @@ def read(reader, folder, base):
 @pytest.mark.parametrize('reader', strangers.READERS)
 def test_what_is_whole_is_read(reader, good, tiny): assert same(read(reader, good/reader, tiny), read(reader, good/reader, tiny))
 
+def most():
+    "The most memory that this process has held since `forget_most`, in kB"
+    return next(int(l.split()[1]) for l in Path('/proc/self/status').read_text().splitlines() if l.startswith('VmHWM'))
+
+def forget_most():
+    "From now on only; where the kernel does not let us, since the process began"
+    with contextlib.suppress(OSError): Path('/proc/self/clear_refs').write_text('5')
+
 def refused(reader, folder, base):
     "True for a `DitError` of one line, False when it was read; anything else fails"
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    forget_most(); before = most()
     try: read(reader, folder, base); error = None
     except DitError as e: error = str(e)
-    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200_000, 'more than 200 MB were taken'
+    assert most() - before < 200_000, 'more than 200 MB were taken'
     assert not list(folder.parent.glob('was-here')), 'code in the file was run'
     if error: assert error == plain(error) and '\n' not in error and 20 < len(error) <= 1000, error
     return bool(error)
 
-@pytest.mark.parametrize('reader, damage', [(r, d) for r, _, d in CASES], ids=[f'{r}, {n}'.encode('ascii', 'backslashreplace').decode() for r, n, _ in CASES])
-def test_broken_files(reader, damage, good, tiny, tmp_path):
+# What may be read all the same: torn lines are left out and their work done again, a flipped bit may be harmless, and some damage is none.
+HARMLESS = ('flip ', 'bom', 'crlf', 'longer', 'twice', 'nul', 'mixed', 'learnt is not known', 'alpha missing', 'alpha 0', 'alpha below 0', 'remote code', 'base with steering', 'base a list', 'row other digits', 'checkpoint.pt: missing')
+BASE_READ = ('tokenizer_config.json: missing', 'tokenizer_config.json: a folder', 'tensors: int64', 'tensors: bool', 'tensors: float8', 'tensors: complex') # the template may be in another file; weights of any kind of number are converted
+def may_be_read(reader, name): return reader in ('texts', 'replies') or any(h in name for h in HARMLESS) or '.csv: cut' in name or name == 'tensors: transposed' and reader in ('full', 'base') or (reader, name) == ('full', 'tensors: one missing') or reader == 'base' and name in BASE_READ
+
+@pytest.mark.parametrize('reader, name, damage', CASES, ids=[f'{r}, {n}'.encode('ascii', 'backslashreplace').decode() for r, n, _ in CASES])
+def test_broken_files(reader, name, damage, good, tiny, tmp_path):
     shutil.copytree(good/reader, tmp_path/'x')
     damage(tmp_path/'x', tiny)
-    COUNTS['broken inputs refused' if refused(reader, tmp_path/'x', tiny) else 'broken inputs read all the same'] += 1
+    no = refused(reader, tmp_path/'x', tiny)
+    assert no or may_be_read(reader, name), 'it was read'
+    COUNTS['broken inputs refused' if no else 'broken inputs read all the same'] += 1
 
 @settings(max_examples=40)
 @given(st.lists(st.text(max_size=20), min_size=1, max_size=5))
@@ -132,13 +147,13 @@ def test_a_fault_at_every_operation_on_files(stage, server, tmp_path):
     finish(start(job, tmp_path/'whole', tmp_path/'log', *url))
     want = content(tmp_path/'whole')
     p = start(jobs.faulty, tmp_path/'counted', -1, 0, count, job, tmp_path/'counted', tmp_path/'log', *url); finish(p)
-    n, step = count.value, 1 if LONG else max(1, count.value//6)
+    n, hows = count.value, (errno.ENOSPC, 0, errno.EACCES)
     assert n > 5
-    for k in range(1, n + 1, step):
-        folder, how = tmp_path/f'{k}', (errno.ENOSPC, 0, errno.EACCES)[k % 3]
+    for k, how in [(k, how) for k in range(1, n + 1) for how in hows] if LONG else [(k, hows[i % 3]) for i, k in enumerate(range(1, n + 1, max(1, n//6)))]:
+        folder = tmp_path/f'{k} {how}'
         p = start(jobs.faulty, folder, k, how, count, job, folder, tmp_path/'log', *url); p.join(120)
         assert p.exitcode in ((-9, 0) if how == 0 else (0,)), f'operation {k}: the process ended with {p.exitcode}'
-        if k % 2 or how == 0: finish(start(job, folder, tmp_path/'log', *url)); assert content(folder) == want and not litter(folder), k
+        finish(start(job, folder, tmp_path/'log', *url)); assert content(folder) == want and not litter(folder), (k, how)
         COUNTS['faults injected'] += 1
 
 # --- stopped, and two at once -------------------------------------------------------------------------------------------------------

@@ -130,6 +130,18 @@ def test_finished_run_is_not_trained_again(tiny, tmp_path, monkeypatch):
     again = train_adapter(tiny, {'What?': bank}, {'What?': val}, tmp_path, **one)
     assert all(torch.equal(first.A[n], again.A[n]) for n in first.A)
 
+def test_diffs_that_were_trained_again_make_another_adapter(tiny, tmp_path):
+    "The same labels under new ids, as after a correction of somebody's table"
+    bank, val, one = named(tiny, 3, 'fern', 1), named(tiny, 2, 'moss', 2), dict(rank=2, batch=3, epochs=1)
+    train_adapter(tiny, {'What?': bank}, {'What?': val}, tmp_path, **one)
+    other = named(tiny, 3, 'fern', 7); other.index['diff_id'] = [f'corrected/{i}' for i in range(3)]
+    with pytest.raises(DitError, match='(?s)folder'): train_adapter(tiny, {'What?': other}, {'What?': val}, tmp_path, **one)
+
+def test_a_validation_loss_that_is_no_number(tiny, tmp_path):
+    val = named(tiny, 2, 'moss', 2); next(iter(val.B.values()))[1] = float('nan')
+    with pytest.raises(DitError, match='not a number in epoch 1'): train_adapter(tiny, {'What?': named(tiny, 3, 'fern', 1)}, {'What?': val}, tmp_path, rank=2, batch=3, epochs=2)
+    with pytest.raises(DitError, match='give both'): train_adapter(tiny, {'What?': val}, {}, tmp_path/'x')
+
 def test_no_space_for_the_checkpoint(tmp_path):
     name, text = on_full_disk(10_000, jobs.adapter, tmp_path)
     assert not list(tmp_path.glob('.*.tmp'))
