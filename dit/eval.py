@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['METHODS', 'SUMMARY_REQUESTS', 'TOKENS', 'JUDGES', 'GUESSERS', 'COLUMNS', 'GRADED', 'VERSIONS', 'methods_of', 'twenty',
-           'messages', 'most_tokens', 'ask_all', 'ask_agent', 'topic_keys', 'everyday_words', 'probes', 'expression',
-           'content_words', 'news_expression', 'judge_of', 'background', 'guesser_of', 'pairs_of', 'add_guesses',
-           'grade', 'weight_norms', 'save_results', 'regrade', 'verify_scores', 'save_regraded', 'adapters_for',
-           'read_graded', 'plot_scores', 'fresh_diffs', 'expression_of', 'evaluate', 'trainer_of', 'save_evaluation',
-           'check_names', 'run_steps', 'eval_cli']
+           'messages', 'most_tokens', 'asked_once', 'ask_all', 'ask_agent', 'topic_keys', 'everyday_words', 'probes',
+           'expression', 'content_words', 'news_expression', 'judge_of', 'background', 'guesser_of', 'pairs_of',
+           'add_guesses', 'grade', 'weight_norms', 'save_results', 'regrade', 'verify_scores', 'save_regraded',
+           'adapters_for', 'read_graded', 'plot_scores', 'fresh_diffs', 'expression_of', 'evaluate', 'trainer_of',
+           'save_evaluation', 'check_names', 'run_steps', 'eval_cli']
 
 # %% ../nbs/04_eval.ipynb #fe703751
 import json, re, sys, time
@@ -22,7 +22,7 @@ from .writers import *
 from .lora import *
 from .diffs import *
 from .tune import packaged_adapter
-from .endpoint import Endpoint
+from .endpoint import Endpoint, Lines
 from .judge import OfflineJudge
 from .guess import OfflineGuesser
 from .llm import LLMGuesser, LLMJudge, agent
@@ -76,6 +76,18 @@ def most_tokens(task:str, # hidden_topic or news
     how = METHODS[method]
     return TOKENS[choose("decoding", decoding, TOKENS)][how.get("adapter", how["asks"])][list(TASKS).index(task)]
 
+# %% ../nbs/04_eval.ipynb #c41b7e02
+def asked_once(kept:Lines|None, # file of answers, or None: ask
+               base:Base, bank:Bank, adapter:Bank|None, # who is asked
+               how:tuple, # whatever else the answers depend on
+               ask, # () -> answers
+              )->list:
+    "Answers from an earlier run of the same, or new ones."
+    if kept is None: return ask()
+    key = f"{seed_of(fingerprint(base), bank.index.to_csv(), norms(adapter).tolist() if adapter else '', *how):016x}"
+    if key not in kept: kept[key] = ask()
+    return kept[key]
+
 # %% ../nbs/04_eval.ipynb #a9bc9498
 def ask_all(base:Base, # the base model
             bank:Bank, # held-out diffs
@@ -85,13 +97,15 @@ def ask_all(base:Base, # the base model
             seed:int=0, # of questions, codes and sampling
             max_new:int|None=None, # tokens of an answer; default: by `decoding`
             decoding:str="short", # short or paper
+            kept:Lines|None=None, # file of answers, for a run that may be stopped
            )->pd.DataFrame: # one line per diff
     "Ask every diff by one method."
     how, rows = METHODS[choose("method", method, METHODS)], list(bank.index.itertuples())
     asked = [messages(task, method, r, seed) for r in rows]
     ids = [(i, k) for i, us in enumerate(asked) for k in range(len(us))]
-    said = answer(base, bank, [i for i, _ in ids], [u for us in asked for u in us], adapter if how.get("adapter") else None, max_new=max_new or most_tokens(task, method, decoding),
-                  temperature=float(how["asks"] == "twenty"), seeds=[seed_of(seed, method, rows[i].diff_id, k) for i, k in ids])
+    longest, worn = max_new or most_tokens(task, method, decoding), adapter if how.get("adapter") else None
+    said = asked_once(kept, base, bank, worn, (task, method, seed, longest), lambda: answer(base, bank, [i for i, _ in ids], [u for us in asked for u in us], worn, max_new=longest,
+                      temperature=float(how["asks"] == "twenty"), seeds=[seed_of(seed, method, rows[i].diff_id, k) for i, k in ids]))
     told = [[a for (j, _), a in zip(ids, said) if j == i] for i in range(len(rows))]
     write = (lambda x: json.dumps(x, ensure_ascii=False)) if how["asks"] == "twenty" else (lambda x: x[0])
     keep = [c for c in ("diff_id", "trigger", "trigger_kind", "rank", "split", "learnt") if c in bank.index]
@@ -140,10 +154,11 @@ def expression(base:Base, # the base model
                n:int=8, # questions of each kind per diff
                seed:int=0, # of the choice of questions
                max_new:int=24, # tokens of an answer
+               kept:Lines|None=None, # file of answers, for a run that may be stopped
               )->pd.DataFrame: # one line per answer: diff_id, kind, question, answer, shows, chance
     "What each diff does on test questions; `chance` is the same test against another diff's topic."
     asked = [(i, kind, user) for i, row in enumerate(bank.index.itertuples()) for kind, user in probes(row, n, seed)]
-    said = answer(base, bank, [i for i, _, _ in asked], [u for _, _, u in asked], max_new=max_new)
+    said = asked_once(kept, base, bank, None, ("expression", n, seed, max_new), lambda: answer(base, bank, [i for i, _, _ in asked], [u for _, _, u in asked], max_new=max_new))
     plain = everyday_words(base_answers(base, "test", max_new).values())
     known = labels("hidden_topic").set_index("label").associations
     keys = [topic_keys(l, known[l], plain) for l in bank.index.label]
@@ -158,9 +173,10 @@ def content_words(text:str)->set:
 def news_expression(base:Base, # the base model
                     bank:Bank, # news diffs
                     max_new:int=120, # tokens of a story
+                    kept:Lines|None=None, # file of answers, for a run that may be stopped
                    )->pd.DataFrame: # one line per diff: story, share of its headline's words, share of another's
     "Let each diff tell a story and count the words of its headline in it."
-    stories = answer(base, bank, list(range(len(bank))), [STORY_PROMPT]*len(bank), max_new=max_new)
+    stories = asked_once(kept, base, bank, None, ("story", max_new), lambda: answer(base, bank, list(range(len(bank))), [STORY_PROMPT]*len(bank), max_new=max_new))
     share = lambda story, label: len(content_words(label) & content_words(story))/max(1, len(content_words(label)))
     n = len(bank)
     return pd.DataFrame([dict(diff_id=bank.index.diff_id[i], kind="story", question=STORY_PROMPT, answer=s, shows=share(s, bank.index.label[i]), chance=share(s, bank.index.label[(i + 1) % n])) for i, s in enumerate(stories)])
@@ -333,9 +349,9 @@ def fresh_diffs(base:Base, # the base model
     folder = root/"-".join([task, *(f"{k}={v}" for k, v in recipe.items())])
     return sound_diffs(make_diffs(base, task, split_labels(task, 0, n_diffs), folder, text=root/task/"text.jsonl", **recipe)), folder, recipe
 
-def expression_of(base:Base, bank:Bank, task:str, seed:int=0)->pd.DataFrame:
+def expression_of(base:Base, bank:Bank, task:str, seed:int=0, kept:Lines|None=None)->pd.DataFrame:
     "`expression` or `news_expression`, as the task asks."
-    return expression(base, bank, seed=seed) if task == "hidden_topic" else news_expression(base, bank)
+    return expression(base, bank, seed=seed, kept=kept) if task == "hidden_topic" else news_expression(base, bank, kept=kept)
 
 # %% ../nbs/04_eval.ipynb #2ad98fc4
 def evaluate(base:Base, # the base model
@@ -348,10 +364,11 @@ def evaluate(base:Base, # the base model
              guesser:str="offline", # one of GUESSERS
              agents:bool=False, # let an LLM at the endpoint question each diff, too
              replies="runs/replies.jsonl", # where an endpoint's replies are kept
+             kept:Lines|None=None, # file of answers, for a run that may be stopped
             )->pd.DataFrame: # one line per diff and method, graded
     "Ask held-out diffs by every method that applies, and grade what they say."
     methods = [m for m in methods_of(task) if METHODS[m].get("adapter", "own") in adapters]
-    asked = [ask_all(base, bank, adapters.get(METHODS[m].get("adapter")), task, m, seed, decoding=decoding) for m in methods]
+    asked = [ask_all(base, bank, adapters.get(METHODS[m].get("adapter")), task, m, seed, decoding=decoding, kept=kept) for m in methods]
     if agents: asked += [ask_agent(Endpoint(replies), base, bank, task, m) for m in methods_of(task, agents=True)]
     return grade(add_guesses(pd.concat(asked, ignore_index=True), guesser_of(guesser, base, task, seed, replies)), judge_of(judge, replies))
 
@@ -393,8 +410,9 @@ def run_steps(base:Base, # the base model
     adapters, trainer = adapters_for(task, base, adapter), trainer_of(task, base, adapter)
     bank, folder, recipe = fresh_diffs(base, task, **diffs)
     trained = time.perf_counter()
-    with hold(folder), stoppable(f"the trained diffs and an endpoint's replies are in {folder}; run the same again to go on."):
-        shown, results = expression_of(base, bank, task, how["seed"]), evaluate(base, bank, adapters, task, **how, replies=folder/"replies.jsonl")
+    with hold(folder), stoppable(f"the trained diffs, their answers and an endpoint's replies are in {folder}; run the same again to go on."):
+        kept = Lines(folder/"answers.jsonl")
+        shown, results = expression_of(base, bank, task, how["seed"], kept), evaluate(base, bank, adapters, task, **how, replies=folder/"replies.jsonl", kept=kept)
     folder = Path(out)/base.name.replace("/", "--") if out else folder/"results"
     save_evaluation(folder, task, base, bank, adapters, trainer, results, shown, recipe, **how, seconds=round(time.perf_counter() - started), seconds_asking=round(time.perf_counter() - trained))
     return results, shown, folder

@@ -6,7 +6,7 @@ from dit import diffs as D, lora as L, tune as T
 from dit.core import DitError, hold, write_json
 from dit.data import hidden_topic_task, questions
 from dit.diffs import train_diffs
-from dit.endpoint import Endpoint
+from dit.endpoint import Endpoint, Lines
 from dit.eval import add_guesses, ask_all, grade, save_results
 from dit.llm import LLMGuesser, LLMJudge
 from dit.lora import load_bank, random_bank, read_index, save_shard
@@ -41,7 +41,6 @@ def read_rows(folder, out):
 def big_json(path): write_json(path, ['x'*100]*1000)
 
 def lines(path):
-    from dit.endpoint import Lines
     a = Lines(path)
     for i in range(1000): a[f'k{i}'] = 'y'*80
 
@@ -83,7 +82,7 @@ def stage_adapter(folder, log, epochs=5):
 def stage_eval(folder, log, url):
     torch.set_num_threads(1)
     base = model_of('llama'); bank = named(base, 3, 'fern', 1)
-    asked = pd.concat([ask_all(base, bank, named(base, 1, 'x', 2), 'news', m, max_new=4) for m in ('DIT', 'Base Question')], ignore_index=True)
+    asked = pd.concat([ask_all(base, bank, named(base, 1, 'x', 2), 'news', m, max_new=4, kept=Lines(folder/'answers.jsonl')) for m in ('DIT', 'Base Question')], ignore_index=True)
     e = Endpoint(folder/'replies.jsonl', 'm', url, 'none', parallel=2)
     save_results(grade(add_guesses(asked, LLMGuesser(e)), LLMJudge(e)), folder/'news.csv')
 

@@ -11,7 +11,7 @@ from dit.data import TASKS, split_labels
 from dit.diffs import diffs_cli
 from dit.eval import eval_cli, save_results
 from dit.figures import figures_cli
-from dit.lora import load_bank
+from dit.lora import answer, load_bank
 from dit.models import load_base
 from dit.stats import read_results
 from dit.tune import by_split, train_adapter, tune_cli
@@ -86,8 +86,8 @@ def test_an_evaluation_leaves_results_that_say_how_they_came_about(home, capsys,
     go = lambda: eval_cli(task='news', base=str(home/'base'), adapter=str(home/'mine'), n_diffs=2, rank=2, steps=2, run=str(home/'eval'), out=str(home/'results'))
     with monkeypatch.context() as m, pytest.raises(SystemExit) as stopped:
         m.setattr('dit.eval.grade', lambda *_: os.kill(os.getpid(), signal.SIGTERM)); go() # when all is trained and asked
-    assert stopped.value.code == 143 and f"the trained diffs and an endpoint's replies are in {run}; run the same again" in capsys.readouterr().err and not (home/'results').exists()
-    go()
+    assert stopped.value.code == 143 and f"the trained diffs, their answers and an endpoint's replies are in {run}; run the same again" in capsys.readouterr().err and not (home/'results').exists()
+    monkeypatch.setattr('dit.eval.answer', lambda base, bank, *a, **k: pytest.fail('asked again') if bank else answer(base, bank, *a, **k)); go() # the base model alone is asked for the guesser
     results, facts = pd.read_csv(home/'results'/'base'/'news.csv'), json.loads((home/'results'/'base'/'news.json').read_text())
     assert set(results.method) == {'DIT', 'Base Question', '20 Questions', 'Generated Story'} and len(results) == 8 and results.score.between(1, 5).all()
     assert results[results.method == 'DIT'].adapter_seed.tolist() == [5, 5] and facts['params']['adapter']['seed'] == 5

@@ -99,7 +99,7 @@ def test_text_is_data_wherever_it_goes(text, tmp_path):
 
 def content(folder):
     "What a run left, but for dates"
-    out = {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob('*')) if p.is_file() and not p.name.startswith('.') and '.claims' not in p.parts and p.name != 'replies.jsonl'}
+    out = {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob('*')) if p.is_file() and not p.name.startswith('.') and '.claims' not in p.parts and p.name not in ('replies.jsonl', 'answers.jsonl')}
     for name in [n for n in out if n.endswith('.json')]: out[name] = {k: v for k, v in json.loads(out[name]).items() if k not in ('provenance', 'date', 'params')}
     return {n: c for n, c in out.items() if n != 'checkpoint.pt'}
 
