@@ -130,7 +130,7 @@ licences: $(VENV)/.installed
 audit: $(VENV)/.installed
 	@mkdir -p runs; rm -f runs/audit.txt; test -x $(VENV)/audit/bin/pip-audit || { $(PY) -m venv $(VENV)/audit; $(VENV)/audit/bin/python -m pip install -q $(PIP_ARGS) pip-audit; } || true; \
 	if $(VENV)/audit/bin/pip-audit --strict --no-deps --disable-pip --progress-spinner off -r constraints.txt -o runs/audit.txt 2>runs/audit.log; then echo 'None of the pinned packages has a known vulnerability.'; \
-	elif [ -s runs/audit.txt ]; then cat runs/audit.txt; \
+	elif [ -s runs/audit.txt ]; then cat runs/audit.txt; echo 'Raise the named versions in constraints.txt, and run make test.'; exit 1; \
 	else tail -n 1 runs/audit.log; echo 'Not audited: the service that knows the vulnerabilities could not be asked about every package (no network?).'; fi
 
 lab: $(VENV)/.models
