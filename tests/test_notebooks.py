@@ -3,7 +3,7 @@ import json, re
 from collections import Counter
 from pathlib import Path
 
-import nbformat, pytest
+import nbformat, papermill, pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 NBS = sorted(p for p in (ROOT/'nbs').glob('*.ipynb') if p.name[0] not in '_.') # what nbdev looks at
@@ -94,3 +94,10 @@ def test_every_module_has_its_notebook():
     there = {o for o in there if o.split('/')[-1] not in ('__init__', '_modidx')}
     assert not there-made, f'in dit/ but exported by no notebook: {sorted(there-made)}'
     assert not made-there, f'exported by a notebook but not in dit/: {sorted(made-there)}; run `make sync`'
+
+def test_the_papers_models_say_so_where_there_is_no_network(tmp_path, monkeypatch):
+    "The whole notebook by papermill, with the cell that nbdev_test leaves out"
+    monkeypatch.setenv('HF_HUB_OFFLINE', '1'); monkeypatch.setenv('HF_HOME', str(tmp_path)); monkeypatch.setenv('PYTHONPATH', str(ROOT))
+    papermill.execute_notebook(ROOT/'nbs'/'06_paper_models.ipynb', tmp_path/'out.ipynb', progress_bar=False, cwd=ROOT/'nbs', kernel_name='python3')
+    said = ''.join(''.join(o.get('text', '')) for o in cells(tmp_path/'out.ipynb')[-1]['outputs'])
+    assert said.startswith("not run here: could not load the base model 'Qwen/Qwen3-4B'"), said

@@ -158,7 +158,7 @@ def test_a_fault_at_every_operation_on_files(stage, server, tmp_path):
 
 # --- stopped, and two at once -------------------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize('stage', ['diffs', 'adapter'])
+@pytest.mark.parametrize('stage', ['write', 'diffs', 'adapter'])
 @pytest.mark.parametrize('sign, code', [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_stopped_by_a_signal(stage, sign, code, tmp_path):
     job, log = STAGES[stage][0], tmp_path/'log'
