@@ -25,8 +25,8 @@ def rates(monkeypatch):
 F, H = torch.float32, torch.bfloat16
 @pytest.mark.parametrize('threads, table, want', [
     (1, {(F, 1): 100, (H, 1): 450}, (H, 1)), (1, {(F, 1): 100, (H, 1): 20}, (F, 1)), (1, {(F, 1): 100, (H, 1): 110}, (F, 1)),
-    (2, {(F, 2): 100, (H, 2): 400, (H, 1): 300}, (H, 2)), (2, {(F, 2): 100, (H, 2): 200, (H, 1): 300}, (H, 1)), (2, {(F, 2): 300, (H, 2): 200, (F, 1): 330, (H, 1): 900}, (F, 2)),
-    (8, {(F, 8): 100, (H, 8): 400, (H, 4): 700, (H, 1): 500}, (H, 4)), (8, {(F, 8): 100, (H, 8): 400, (H, 4): 500, (H, 1): 900}, (H, 1))])
+    (2, {(F, 1): 100, (H, 1): 300, (H, 2): 400}, (H, 2)), (2, {(F, 1): 100, (H, 1): 205, (F, 2): 136, (H, 2): 86}, (H, 1)), (2, {(F, 1): 330, (H, 1): 200, (F, 2): 300, (H, 2): 900}, (F, 2)),
+    (8, {(F, 1): 100, (H, 1): 500, (H, 4): 700, (H, 8): 400}, (H, 4)), (8, {(F, 1): 100, (H, 1): 900, (H, 4): 500, (H, 8): 400}, (H, 1))])
 def test_the_probe_picks_what_is_fastest_and_says_so(rates, monkeypatch, threads, table, want):
     rates(threads, table); picked = []
     monkeypatch.setattr(torch, 'set_num_threads', picked.append)
