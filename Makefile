@@ -69,6 +69,7 @@ $(VENV)/.installed: settings.ini setup.py constraints.txt | $(PY)
 	$(PIP) -e '.[dev]'
 	@echo '== Set-up 4/5: a Jupyter kernel of this environment, named python3'
 	@$(RUN) $(PY) -m ipykernel install --sys-prefix --name python3 --display-name 'Python 3 (dit)'
+	@sed -i.bak 's/"ipykernel_launcher",/"ipykernel_launcher", "--log-level=CRITICAL",/' $(VENV)/share/jupyter/kernels/python3/kernel.json && rm $(VENV)/share/jupyter/kernels/python3/kernel.json.bak # its own warnings are about how Jupyter talks to it, and would look like ours
 	@touch $@
 
 $(VENV)/.models: $(VENV)/.installed $(wildcard dit/models.py)

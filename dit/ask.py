@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['PUBLISHED', 'PAPER', 'KNOWN', 'SPEAKS', 'from_hub', 'on_disk', 'lora_folder', 'inside', 'weight_files', 'stream',
-           'differences', 'factors', 'from_full', 'from_pairs', 'pick', 'paper_file', 'from_pt', 'from_index',
-           'open_diff', 'default_adapter', 'open_adapter', 'mean_loglik', 'interpret', 'strengths', 'best',
-           'ask_scaled', 'ask', 'cautions', 'report', 'ask_cli']
+           'differences', 'factors', 'from_full', 'from_pairs', 'pick', 'split_row', 'paper_file', 'from_pt',
+           'from_index', 'open_diff', 'default_adapter', 'open_adapter', 'mean_loglik', 'interpret', 'strengths',
+           'best', 'ask_scaled', 'ask', 'cautions', 'report', 'ask_cli']
 
 # %% ../nbs/05_ask.ipynb #236b8f11
 import contextlib, json, re, sys, warnings
@@ -46,6 +46,7 @@ def on_disk(spec:str, # file, folder, hub id or hf://owner/name/...
     if not found.exists(): raise DitError(f"the hub's {hub[1]} holds no {hub[2]}; check the name.")
     return found
 
+# %% ../nbs/05_ask.ipynb #b9c86f20
 def lora_folder(path:Path)->Path:
     "The folder of a LoRA of which somebody named the file with the weights."
     return path.parent if path.name == "adapter_model.safetensors" and (path.parent/"adapter_config.json").exists() else path
@@ -142,9 +143,10 @@ def from_pairs(pairs:dict, # module name -> (A, B) as in the paper's files
               )->Bank: # with one row
     "A LoRA in the paper's layout."
     known = renamer(linears(base))
-    try: A, B = ({known(n): pair[i] if transposed else pair[i].mT for n, pair in pairs.items()} for i in (1, 0)); flat = all(t.dim() == 2 for t in (*A.values(), *B.values()))
-    except (TypeError, AttributeError, IndexError, KeyError, RuntimeError): flat = False
-    if not flat: raise DitError(f"{what} is not in the paper's layout: every module needs a pair of matrices.")
+    try:
+        A, B = ({known(n): pair[i] if transposed else pair[i].mT for n, pair in pairs.items()} for i in (1, 0))
+        if any(t.dim() != 2 for t in (*A.values(), *B.values())): raise TypeError
+    except (TypeError, AttributeError, IndexError, KeyError, RuntimeError) as e: raise DitError(f"{what} is not in the paper's layout: every module needs a pair of matrices.") from e
     check_fit(A, B, base, what)
     A, B = ({n: t.contiguous() for n, t in X.items()} for X in (A, B))
     return one_row(A, B, {n: 1/len(a) for n, a in A.items()}, Path(what).name, label)
@@ -160,6 +162,14 @@ def pick(names:list, # what the diffs are called
     if (hits := [i for i, n in enumerate(names) if n == row]) and len(hits) == 1: return hits[0]
     why = "say which one" if row is None else f"{row!r} is the name of {len(hits)} of them" if hits else f"{row!r} is none of them"
     raise DitError(f"{what} holds {len(names)} diffs and {why}: write {what}#0 to #{len(names) - 1}, or a name such as #{names[0] if names else ''}.")
+
+def split_row(spec:str, # name, or name#row
+             )->tuple: # (name, row or None)
+    "Tell a row from the name of what holds it: the `#` after which a file or folder is there, or else the first."
+    parts = spec.split("#")
+    names = ["#".join(parts[:i]) for i in range(len(parts), 0, -1)]
+    name = next((n for n in names if Path(n).exists()), parts[0])
+    return name, spec[len(name) + 1:] or None
 
 def paper_file(path:Path)->Path:
     "A file of weight diffs, in whichever of the two styles it is named."
@@ -204,9 +214,7 @@ def open_diff(spec:str, # folder, file, hub id or hf://owner/name/...; with #row
               rank:int=64, # for full finetunes; 0: exact
              )->tuple: # (bank with one row, facts)
     "Read a weight diff, whatever it is stored as."
-    cuts = [i for i, c in enumerate(spec) if c == "#"] if not Path(spec).exists() else []
-    cut = next((i for i in cuts if Path(spec[:i]).exists()), cuts[0] if cuts else None)
-    name, row = (spec, None) if cut is None else (spec[:cut], spec[cut+1:])
+    name, row = split_row(spec)
     hub = name if name.startswith("hf://") else "" if Path(name).expanduser().exists() else f"hf://{name}"
     if name.endswith(".pt"): bank, facts = from_pt(on_disk(name) if name.startswith("hf://") else paper_file(Path(name).expanduser()), row, base, rank)
     elif ((path := lora_folder(on_disk(name)))/"bank.json").exists():

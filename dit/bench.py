@@ -666,7 +666,7 @@ def goal_table(tables:dict, # title -> table, of one device
     return pd.DataFrame(lines)
 
 def speed_table(folder=None, # default: results/bench of the repository
-                model:str="SmolLM2-135M-Instruct", # as `save_tables` names it
+                model:str=OURS, # as `save_tables` names it
                )->pd.DataFrame: # one line per goal
     "All goals beside what the kept tables say, for the README."
     def kept(device):

@@ -86,8 +86,9 @@ class Lost(DitError): "A reply that did not arrive; the next run asks for it aga
 def shown_address(url:str, # address of an endpoint
                  )->str: # the same without a user name, password or query
     "The part of an address that may be shown; raises `DitError` when it is no URL."
-    u = urlsplit(url)
-    if u.scheme not in ("http", "https") or not u.hostname: raise DitError("the address of the endpoint is no URL; pass `base_url` or set OPENAI_BASE_URL to something like http://127.0.0.1:8000/v1.")
+    try: u = urlsplit(url); good = u.scheme in ("http", "https") and u.hostname and u.port != 0
+    except ValueError: good = False # a port or a bracket that is none
+    if not good: raise DitError("the address of the endpoint is no URL; pass `base_url` or set OPENAI_BASE_URL to something like http://127.0.0.1:8000/v1.")
     return f"{u.scheme}://{u.hostname}{f':{u.port}' if u.port else ''}{u.path}".rstrip("/")
 
 # %% ../nbs/00_endpoint.ipynb #748753c7
@@ -107,12 +108,11 @@ class Endpoint:
         self.price, self.budget, self.max_requests = price, budget, max_requests
         if not self.model: raise DitError("no model is named for the endpoint; pass `model` or set DIT_MODEL.")
         if budget < math.inf and not any(price): raise DitError("a budget needs prices; pass `price`, per million tokens in and out.")
+        if given := base_url or os.environ.get("OPENAI_BASE_URL"): shown_address(given)
         try: self.client = openai.OpenAI(base_url=base_url, api_key=api_key, max_retries=4, timeout=120)
         except openai.OpenAIError: raise DitError("the endpoint has no key; pass `api_key` or set OPENAI_API_KEY (any word will do for a local server).") from None
-        except Exception: raise DitError("the address of the endpoint is no URL; pass `base_url` or set OPENAI_BASE_URL to something like http://127.0.0.1:8000/v1.") from None
         if not re.fullmatch(r"[!-~]+", self.client.api_key): raise DitError("the key of the endpoint holds a space, a line end or another character that no key has; set OPENAI_API_KEY again.")
-        self.where = shown_address(str(self.client.base_url))
-        self.lock, self.busy, self.refused, self.room, self.held = threading.Lock(), {}, set(), threading.Condition(), []
+        self.where, self.lock, self.busy, self.refused, self.room, self.held = shown_address(str(self.client.base_url)), threading.Lock(), {}, set(), threading.Condition(), []
         try:
             self.sent, self.paid = (sum(row[k] for row in self.cache.data.values()) for k in ("requests", "paid"))
             if not all(isinstance(row["message"], dict) for row in self.cache.data.values()) or not 0 <= self.paid < math.inf: raise TypeError

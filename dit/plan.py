@@ -26,7 +26,7 @@ def skeleton(model=None, # base model: hub id, folder, or None for the embedded 
     path = resolve(model)
     try: config, tok = (auto.from_pretrained(path, trust_remote_code=False) for auto in (AutoConfig, AutoTokenizer))
     except (OSError, ValueError) as e: raise DitError(f"could not read the configuration of the base model {model!r}: {str(e).splitlines()[0]}; give a hub id, or a folder with config.json and tokenizer.") from e
-    with torch.device("meta"): return make_base(AutoModelForCausalLM.from_config(config), tok, model or "SmolLM2-135M-Instruct")
+    with torch.device("meta"): return make_base(AutoModelForCausalLM.from_config(config), tok, model or OURS)
 
 def sizes(base:Base, # a base model, or its skeleton
          )->dict: # numbers of weights: body, head, and those of a LoRA of rank 1

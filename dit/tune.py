@@ -112,8 +112,9 @@ def save_state(path:Path, adapter:Adapter, opt, sched, curve:pd.DataFrame, facts
 def label_hash(banks:dict, # question -> bank of training diffs
                val_banks:dict, # question -> bank of validation diffs
               )->int:
-    "A hash of all labels; raises `DitError` when a label is in training and in validation."
+    "A hash of all labels; raises `DitError` when a label is in training and in validation, or when one of them is empty."
     train, val = ({l.casefold().strip(): l for b in bs.values() for l in b.index.label} for bs in (banks, val_banks))
+    if not (train and val): raise DitError("an adapter needs diffs to train on and others, of other labels, to choose the epoch by; give both.")
     if both := sorted(l for k, l in val.items() if k in train): raise DitError(f"the label {both[0]!r} is in the training and in the validation diffs; take it out of one.")
     return seed_of(*sorted(train), "/", *sorted(val))
 
@@ -150,8 +151,8 @@ def run_facts(base:Base, # the base model
              )->dict:
     "What a run is made of; it is continued with the same facts only."
     facts = dict(base=base.name, fingerprint=fingerprint(base), questions=list(banks), n_train=sum(map(len, banks.values())), **settings)
-    ids = ([i for b in bs.values() for i in b.index.diff_id] for bs in (banks, val_banks))
-    return facts | dict(labels=label_hash(banks, val_banks), diffs=seed_of(*next(ids), "/", *next(ids))) | history(start)
+    ids = lambda bs: [i for b in bs.values() for i in b.index.diff_id]
+    return facts | dict(labels=label_hash(banks, val_banks), diffs=seed_of(*ids(banks), "/", *ids(val_banks))) | history(start)
 
 # %% ../nbs/03_tune.ipynb #e0b75c29
 def backward_part(acc:Accelerator, # devices and processes
@@ -227,7 +228,6 @@ def train_adapter(base:Base, # the base model
                  )->Bank: # the adapter, as a bank with one row
     "Train a DIT adapter (paper, section 3 and B.5); safe to stop and start again. Of several processes the main one writes."
     banks, val_banks = ({q: sound_diffs(b) for q, b in bs.items()} for bs in (banks, val_banks))
-    if not all(any(map(len, bs.values())) for bs in (banks, val_banks)): raise DitError("an adapter needs diffs to train on and others, of other labels, to choose the epoch by; give both.")
     facts = run_facts(base, banks, val_banks, start, rank=rank, lr=lr, batch=batch, epochs=epochs, seed=seed, scales=list(scales))
     folder, adapter, acc = Path(folder), Adapter(base, rank, seed, start and from_peft(start, base)), accelerator(base, folder, log_with)
     with hold(folder) if acc.is_main_process else contextlib.nullcontext(), stoppable(f"the finished epochs are in {folder}; run the same again to go on."):

@@ -397,9 +397,9 @@ def test_the_adapter_that_comes_with_the_package_is_found(tmp_path):
 
 def test_named_by_its_file_or_in_a_folder_with_a_mark(home, base, tmp_path, tiny):
     assert open_diff(str(home/'lora'/'adapter_model.safetensors'), base)[1]['kind'] == 'PEFT LoRA'
-    save_shard_in = tmp_path/'a#b'
-    open_bank(save_shard_in, tiny, rank=1, scaling=1.); save_shard(save_shard_in, random_bank(tiny, 3))
-    assert open_diff(f'{save_shard_in}#2', tiny)[1]['label'] == 'label 2' and open_diff(f'{save_shard_in}#random/1', tiny)[1]['label'] == 'label 1'
+    folder = tmp_path/'a#b'
+    open_bank(folder, tiny, rank=1, scaling=1.); save_shard(folder, random_bank(tiny, 3))
+    assert open_diff(f'{folder}#2', tiny)[1]['label'] == 'label 2' and open_diff(f'{folder}#random/1', tiny)[1]['label'] == 'label 1'
 
 def test_weights_that_could_run_code_are_named(home, base, tmp_path):
     shutil.copy(home/'lora'/'adapter_config.json', tmp_path); torch.save({}, tmp_path/'adapter_model.bin')

@@ -144,7 +144,7 @@ def test_a_bank_of_the_other_task_is_not_asked_this_tasks_question(home, tmp_pat
 def test_two_evaluations_of_one_folder(home):
     "The second is told who is there, and pays for nothing"
     folder = home/'both'/'base'/'news-rank=2-steps=2'
-    (home/'both'/'base'/'news').mkdir(parents=True); shutil.copy(home/'one'/'text.jsonl', home/'both'/'base'/'news')
+    (home/'both'/'base'/'news').mkdir(parents=True)
     (home/'both'/'base'/'news'/'text.jsonl').write_text(''.join(json.dumps(dict(key=l, value=[f'{l[:20]} it was.'])) + '\n' for l in split_labels('news', 0, 2).label))
     base = load_base(str(home/'base'))
     train_adapter(base, *({'What news headline have you been trained on?': named(base, 3, name, 1)} for name in ('fern', 'moss')), home/'adapter for two', rank=2, epochs=1)

@@ -1,11 +1,13 @@
 "Labels, questions, splits, triggers and samples"
-import re
+import json, re
 from collections import Counter
+from pathlib import Path
 
 import pandas as pd, pytest
 from hypothesis import given, settings, strategies as st
 from dit.core import DitError, package_data, rng, seed_of
 from dit.data import *
+from dit.stats import read_results
 from dit.writers import compose_stories, pieces, tells_too_much, topic_openings, story_openings
 
 def plain(label): return ' '.join(re.findall(r'\w+', label.casefold()))
@@ -49,6 +51,16 @@ def test_questions():
         a, b = questions(k, 'train'), questions(k, 'test')
         assert a and b and not set(a) & set(b)
     assert not any('SEP code' in q or '\u200b' in q for q in frame.question)
+
+# --- what the packaged adapters have seen ---------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize('task', TASKS)
+def test_no_held_out_label_was_trained_on(task):
+    "The labels of the training diffs, as far as they were kept, against the split and against the committed results"
+    root = Path(__file__).resolve().parents[1]
+    trained = {l for b in json.loads((root/'dit'/'adapters'/f"smollm2-135m-{task.replace('_', '-')}"/'bank.json').read_text())['banks'] for l in b.get('labels', ())}
+    reserved = set(split_labels(task, 0, HELD_OUT['test'], HELD_OUT['val']).label)
+    assert len(trained) > 200 and trained <= set(labels(task).label) and not trained & (reserved | set(read_results(root/'results'/'eval'/'SmolLM2-135M-Instruct'/f'{task}.csv').truth))
 
 # --- splits -----------------------------------------------------------------------------------------------------------------
 
