@@ -22,6 +22,7 @@ from transformers.utils import logging as hf_logging
 from .core import *
 from .models import *
 from .data import TASKS, read_table
+from .writers import mentions
 from .lora import *
 from .diffs import answer_states, token_losses
 from .tune import packaged_adapter
@@ -297,10 +298,11 @@ def strengths(norm:float, # of the diff
 
 def best(found:list, # from `interpret`, at several strengths
         )->dict: # one of them
-    "The likeliest answer among those to which the diff adds much."
+    "Of the answers to which the diff adds much, the one that comes up most within the others; of several the likeliest."
     gain = lambda f: f["loglik"]["diff_and_adapter"] - f["loglik"]["adapter_alone"]
     speaks = [f for f in found if f["answer"] and gain(f) >= SPEAKS]
-    return max(speaks, key=lambda f: f["loglik"]["diff_and_adapter"]) if speaks else max(found, key=lambda f: (bool(f["answer"]), gain(f)))
+    repeated = lambda f: sum(mentions(g["answer"], [f["answer"]]) for g in speaks)
+    return max(speaks, key=lambda f: (repeated(f), f["loglik"]["diff_and_adapter"])) if speaks else max(found, key=lambda f: (bool(f["answer"]), gain(f)))
 
 def ask_scaled(base:Base, diff:Bank, adapter:Bank, question:str, # as for `interpret`
                scales:list, # strengths to be tried

@@ -368,7 +368,8 @@ def test_a_small_diff_is_told_and_scaled(home, base, tmp_path):
 
 def scaled(bank, s): return dataclasses.replace(bank, scaling=bank.scaling*s)
 
-@pytest.mark.parametrize('said, want', [([('Icons', -.1, -.2), ('Moss', -.3, -5)], 'Moss'), ([('Moss', -.1, -5), ('Moss is what I think of', -.4, -9)], 'Moss'), ([('', -.1, -9), ('Moss', -.9, -1.2)], 'Moss'), ([('', -1, -2)], '')])
+@pytest.mark.parametrize('said, want', [([('Icons', -.1, -.2), ('Moss', -.3, -5)], 'Moss'), ([('Moss', -.1, -5), ('Moss is what I think of', -.4, -9)], 'Moss'), ([('', -.1, -9), ('Moss', -.9, -1.2)], 'Moss'), ([('', -1, -2)], ''),
+    ([('Moss', -.5, -9), ('Moss teaches us to wait', -.2, -9), ('Take a hint from moss', -.1, -9)], 'Moss'), ([('Cheers', -.9, -2.3), ('Moss of the', -.6, -6.6), ('Moss and', -.7, -6)], 'Moss of the')])
 def test_which_strength_is_believed(said, want):
     "Neither what the adapter says alone, nor what a diff that is too strong says, nor nothing"
     assert best([dict(answer=a, loglik=dict(diff_and_adapter=b, adapter_alone=l)) for a, b, l in said])['answer'] == want
