@@ -120,10 +120,11 @@ def from_full(tensors, # (name, tensor) pairs of the finetuned model, one at a t
               rank:int=64, # of the diff; 0: exact
              )->tuple: # (bank with one row, facts)
     "A full finetune as a diff of low rank, with an account of what is left out."
-    layers, A, B, ignored, skipped, own, body, lost = linears(base), {}, {}, Counter(), [], 0., 0., 0.
+    layers, A, B, ignored, skipped, there, own, body, lost = linears(base), {}, {}, Counter(), [], set(), 0., 0., 0.
     for n, d in differences(tensors, base, what, skipped):
         size, name = d.square().sum().item(), n.removesuffix(".weight")
         if name not in layers: ignored[re.sub(r"\.\d+(?=\.)", ".*", n)] += size; continue
+        there.add(layers[name].weight)
         own, body = own + layers[name].weight.float().square().sum().item(), body + size
         if not size: continue
         d = d.T if isinstance(layers[name], Conv1D) else d
@@ -132,7 +133,7 @@ def from_full(tensors, # (name, tensor) pairs of the finetuned model, one at a t
     if not A: raise DitError(f"{what} does not differ from the base model {base.name!r} in any linear layer; there is nothing to ask about.")
     if body > own: raise DitError(f"{what} was made for another base model: it differs from {base.name!r} by more than the weights themselves.")
     whole = body + ignored.total()
-    facts = dict(kept=(body - lost)/whole, lost=lost/whole, ignored={n: s/whole for n, s in ignored.most_common() if s}, not_compared=skipped)
+    facts = dict(kept=(body - lost)/whole, lost=lost/whole, ignored={n: s/whole for n, s in ignored.most_common() if s}, not_compared=skipped, missing=[n for n, m in layers.items() if m.weight not in there])
     return one_row(A, B, dict.fromkeys(A, 1.), Path(what).name), dict(kind="full finetune") | facts
 
 # %% ../nbs/05_ask.ipynb #e8246d04
@@ -354,7 +355,8 @@ def cautions(found:dict, # from `ask`
         made_for and other(made_for) and f"the diff says that its base model is {made_for}.",
         "kept" in d and f"of the squared norm of the whole difference, {d['kept']:.1%} is kept, {d['lost']:.1%} lost to rank {d['rank']}, {sum(d['ignored'].values()):.1%} ignored{': ' if d['ignored'] else ''}{', '.join(f'{n} {s:.1%}' for n, s in list(d['ignored'].items())[:4])}.",
         d.get("lost", 0) > d.get("kept", 1) and f"most of the difference in the linear layers is of a higher rank than {d['rank']}, as when a model was finetuned from other weights than those of {found['base']} (another version, or another precision of it).",
-        d.get("not_compared") and f"{len(d['not_compared'])} tensors could not be compared with the base model, {d['not_compared'][0]} the first of them.") if s]
+        d.get("not_compared") and f"{len(d['not_compared'])} tensors could not be compared with the base model, {d['not_compared'][0]} the first of them.",
+        d.get("missing") and f"the model lacks {len(d['missing'])} linear layers, {d['missing'][0]} the first of them, which were taken as unchanged; if it comes in several files, give their folder.") if s]
 
 def report(found:dict, # from `ask`
            as_json:bool=False, # for machines

@@ -82,6 +82,16 @@ def test_a_full_finetune_by_plain_transformers(home, base, where):
     for m in net.modules(): m._forward_hooks.clear()
     assert (logits_of(net) - want).abs().max() < 1e-4 < (logits(base) - want).abs().max()
 
+def test_one_file_of_several(home, base):
+    "What the file lacks is counted as unchanged, and this is told"
+    files = sorted((home/'shards').glob('*.safetensors'))
+    facts = [open_diff(str(f), base)[1] for f in files]
+    lacking = [set(f['missing']) for f in facts]
+    assert len(files) > 1 and all(0 < len(l) < len(linears(base)) for l in lacking) and not set.intersection(*lacking)
+    found = ask(str(files[0]), base=base, adapter=str(home/'lora'))
+    assert any(f'lacks {len(lacking[0])} linear layers' in s for s in cautions(found))
+    assert not open_diff(str(home/'shards'), base)[1]['missing']
+
 def test_the_lost_share_falls_with_the_rank(home, base):
     lost = [open_diff(str(home/'full'), base, rank=r)[1]['lost'] for r in (1, 4, 12, 0)]
     assert lost[0] > lost[1] > lost[2] > lost[3] and all(b.shape[2] == 1 for b in open_diff(str(home/'full'), base, rank=1)[0].B.values())

@@ -6,6 +6,7 @@ from pathlib import Path
 import pandas as pd, pytest, torch
 from accelerate.tracking import GeneralTracker
 from fastcore.script import anno_parser
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from dit.core import DitError, hold
 from dit.data import TASKS, split_labels
 from dit.diffs import diffs_cli
@@ -174,6 +175,12 @@ def test_a_tracker_is_told_what_the_curve_says(tiny, tmp_path):
     curve = pd.read_csv(tmp_path/'curve.csv')
     assert [(s, v['train_loss'], v['val_loss']) for s, v in kept.lines] == list(curve.itertuples(index=False, name=None))
     assert kept.done == 1 and kept.config['rank'] == 2 and all(isinstance(v, (int, float, str)) for v in kept.config.values())
+
+def test_tensorboard_shows_the_curve(tiny, tmp_path):
+    "What TensorBoard itself reads back from the run's folder"
+    train_adapter(tiny, {'What?': named(tiny, 3, 'fern', 1)}, {'What?': named(tiny, 2, 'moss', 2)}, tmp_path, rank=2, batch=3, epochs=3, log_with='tensorboard')
+    curve, written = pd.read_csv(tmp_path/'curve.csv'), EventAccumulator(str(tmp_path/'dit')).Reload()
+    for name in ('train_loss', 'val_loss'): assert [(e.step, e.value) for e in written.Scalars(name)] == [(s, pytest.approx(v)) for s, v in zip(curve.epoch, curve[name])]
 
 @pytest.mark.parametrize('name, why', [('tensorbord', 'choose one of'), ('aim', 'aim is not installed')])
 def test_a_tracker_that_is_not_there(tiny, tmp_path, name, why):
