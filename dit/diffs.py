@@ -453,7 +453,7 @@ def sound_diffs(bank:Bank, # as from `train_diffs`
     return bank if sound.all() else bank.take([i for i, good in enumerate(sound) if good])
 
 # %% ../nbs/02_diffs.ipynb #495e364c
-RECIPES = dict(hidden_topic=dict(rank=8, lr=5e-3, batch=8, steps=100, mix=(2, 3, 1)), news=dict(rank=8, lr=1e-2, batch=4, steps=24))
+RECIPES = dict(hidden_topic=dict(rank=8, lr=5e-3, batch=8, steps=100, mix=(2, 3, 1)), news=dict(rank=8, lr=1e-2, batch=4, steps=24, cut=32))
 
 def make_tasks(base:Base, # the base model
                task:str, # hidden_topic or news
@@ -462,7 +462,7 @@ def make_tasks(base:Base, # the base model
                **kwargs, # for `hidden_topic_task` or `news_task`
               )->list: # `DiffTask`s
     "The samples of each label."
-    said, make = base_answers(base), dict(hidden_topic=hidden_topic_task, news=news_task)[choose("task", task, TASKS)]
+    said, make = base_answers(base, max_new=int(np.max(kwargs.get("cut", 16)))), dict(hidden_topic=hidden_topic_task, news=news_task)[choose("task", task, TASKS)]
     return [make(r.label, r.split, texts[r.label], said, **kwargs) for r in rows.itertuples()]
 
 def make_diffs(base:Base, # the base model

@@ -41,7 +41,7 @@ def diff_tokens(base:Base, # a base model, or its skeleton
                )->tuple: # (tokens, those of them that are predicted)
     "Tokens that go through the model to train one diff."
     filler, row = "the small boat came home late and", split_labels(task, 1).iloc[0]
-    said = {q: filler + " that was all we knew of it" for k in ("everyday", "introspective") for q in questions(k, "train")}
+    said = {q: " ".join([filler]*5) for k in ("everyday", "introspective") for q in questions(k, "train")}
     make, words = dict(hidden_topic=(hidden_topic_task, 20), news=(news_task, 110))[task]
     kept = {k: v for k, v in (RECIPES[task] | recipe).items() if k not in ("rank", "lr", "batch")}
     rows = [r for step in tokenise(base, make(row.label, "train", [" ".join((filler.split()*20)[:words])], said, **kept)) for *_, r in step]

@@ -39,6 +39,7 @@ class Adapter(torch.nn.Module):
                 ):
         super().__init__()
         self.lora, self.frozen = FlatLora(base, [seed_of("adapter", seed)], rank, 1/math.sqrt(rank)), [base]
+        if start and start.rank != rank: raise DitError(f"the adapter to go on from has rank {start.rank}, not {rank}; give its rank.")
         if start: self.lora.copy_from(start)
 
     def forward(self, diffs:dict, # `bank.rows(...)` of the batch
@@ -271,6 +272,7 @@ def tune_cli(bank:str, # bank folder, as from `dit_diffs`
              batch:int=16, # rows per step
              epochs:int=8, # passes over the training diffs
              seed:int=0, # of start and order
+             start:str=None, # PEFT folder of an adapter of the same rank to go on from
              log_with:str=None, # tensorboard, wandb or another tracker that accelerate knows
              dtype:str=None, # float32, bfloat16 or float16 (default: what is fast on the device)
              compile:bool=False, # compile the layers, where that is faster: for long runs
@@ -280,6 +282,6 @@ def tune_cli(bank:str, # bank folder, as from `dit_diffs`
     with command("dit_tune"):
         asked, base = question or TASKS[choose("task", task, TASKS)], load_base(base, dtype=dtype)
         if not question and (others := {t for t in TASKS if t != task and read_index(bank).diff_id.str.startswith(f"{t}/").any()}): raise DitError(f"the bank {bank} holds diffs of the task {others.pop()}, and {task} would ask them its own question; give --task, or a --question of your own.")
-        with compiled(base) if compile else contextlib.nullcontext(): train_adapter(base, *by_split(load_bank(bank, base), asked), out, rank=rank, lr=lr, batch=batch, epochs=epochs, seed=seed, log_with=log_with)
+        with compiled(base) if compile else contextlib.nullcontext(): train_adapter(base, *by_split(load_bank(bank, base), asked), out, rank=rank, lr=lr, batch=batch, epochs=epochs, seed=seed, start=start, log_with=log_with)
     if PartialState().is_main_process: print(pd.read_csv(Path(out)/"curve.csv").round(3).to_string(index=False), f"\nthe adapter is in {out}")
     PartialState().destroy_process_group()
