@@ -324,12 +324,12 @@ def say_peak(what:str # the run
 
 # %% ../nbs/00_core.ipynb #9b5c8475
 def git_commit()->str:
-    "The commit of the checkout, with a mark when files differ from it; 'unknown' outside a checkout."
+    "The commit of the checkout, with a mark when its code differs from it; 'unknown' outside a checkout."
     run = lambda *a: subprocess.run(["git", *a], cwd=repo_root(), capture_output=True, text=True)
     try: head = run("rev-parse", "--short=12", "HEAD")
     except OSError: return "unknown" # no git
     if head.returncode: return "unknown"
-    return head.stdout.strip() + ("+changes" if run("status", "--porcelain", "--untracked-files=no").stdout.strip() else "")
+    return head.stdout.strip() + ("+changes" if run("status", "--porcelain", "--untracked-files=no", "--", ".", ":!results", ":!figures").stdout.strip() else "")
 
 def provenance(**params, # the parameters of the run
               )->dict:
