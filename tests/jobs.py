@@ -1,5 +1,5 @@
 "Functions that tests run in processes of their own"
-import builtins, io, os, resource, sys, time
+import builtins, io, os, resource, signal, sys, time
 
 import pandas as pd, torch
 from dit import diffs as D, lora as L, tune as T
@@ -98,6 +98,7 @@ def everything(folder):
 
 def stopped(said, job, *args):
     "A job that is stopped as a user would stop it; what it says goes to a file"
+    signal.signal(signal.SIGINT, signal.default_int_handler) # where the tests run in the background, it is ignored
     sys.stderr = open(said, 'w')
     try: job(*args)
     except KeyboardInterrupt: raise SystemExit(130)
