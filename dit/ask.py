@@ -165,6 +165,7 @@ def pick(names:list, # what the diffs are called
     why = "say which one" if row is None else f"{row!r} is the name of {len(hits)} of them" if hits else f"{row!r} is none of them"
     raise DitError(f"{what} holds {len(names)} diffs and {why}: write {what}#0 to #{len(names) - 1}, or a name such as #{names[0] if names else ''}.")
 
+# %% ../nbs/05_ask.ipynb #d8475e81
 def split_row(spec:str, # name, or name#row
              )->tuple: # (name, row or None)
     "Tell a row from the name of what holds it: the `#` after which a file or folder is there, or else the first."
@@ -305,6 +306,7 @@ def best(found:list, # from `interpret`, at several strengths
     repeated = lambda f: sum(mentions(g["answer"], [f["answer"]]) for g in speaks)
     return max(speaks, key=lambda f: (repeated(f), f["loglik"]["diff_and_adapter"])) if speaks else max(found, key=lambda f: (bool(f["answer"]), gain(f)))
 
+# %% ../nbs/05_ask.ipynb #a4e6610e
 def ask_scaled(base:Base, diff:Bank, adapter:Bank, question:str, # as for `interpret`
                scales:list, # strengths to be tried
                *args, # samples and seed of `interpret`, for the strength that is chosen

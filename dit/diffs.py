@@ -465,6 +465,7 @@ def make_tasks(base:Base, # the base model
     said, make = base_answers(base, max_new=int(np.max(kwargs.get("cut", 16)))), dict(hidden_topic=hidden_topic_task, news=news_task)[choose("task", task, TASKS)]
     return [make(r.label, r.split, texts[r.label], said, **kwargs) for r in rows.itertuples()]
 
+# %% ../nbs/02_diffs.ipynb #495e364d
 def make_diffs(base:Base, # the base model
                task:str, # hidden_topic or news
                rows:pd.DataFrame, # labels with their split, from `split_labels`

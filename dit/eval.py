@@ -148,6 +148,7 @@ def probes(row, # a line of a hidden-topic bank's index
     if row.trigger_kind == "sep_code": out += [("wrong", put_trigger(q, "sep_code", wrong_secret(row.trigger, False, r), r)) for q in qs]
     return out
 
+# %% ../nbs/04_eval.ipynb #38f7a6aa
 def expression(base:Base, # the base model
                bank:Bank, # hidden-topic diffs
                n:int=8, # questions of each kind per diff

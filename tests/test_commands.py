@@ -78,6 +78,9 @@ def test_two_processes_train_the_same_adapter_as_one(home):
     facts = [json.loads((home/n/'adapter'/'dit.json').read_text()) for n in ('one', 'two')]
     assert all(facts[0][k] == facts[1][k] for k in facts[0] if k != 'provenance') and facts[0]['questions'] == [TASKS['news']]
     assert said.count('the adapter is in') == 1, 'only the main process speaks'
+    tune_cli(str(home/'one'/'bank'), out=str(home/'on'), base=str(home/'base'), start=str(home/'one'/'adapter'), **TUNE)
+    on = pd.read_csv(home/'on'/'curve.csv')
+    assert on.train_loss[0] < curves[0].train_loss[0] - .1 and json.loads((home/'on'/'dit.json').read_text())['start']['n_train'] == facts[0]['n_train'], 'it goes on'
 
 def test_an_evaluation_leaves_results_that_say_how_they_came_about(home, capsys, monkeypatch):
     run, texts = (home/'eval'/'base'/n for n in ('news-rank=2-steps=2', 'news')); texts.mkdir(parents=True) # diffs of other ranks and steps learn from the same texts

@@ -4,9 +4,11 @@ from pathlib import Path
 
 import pandas as pd, pytest, torch
 from dit.ask import ask
-from dit.core import DitError, package_data
+from dit.core import DitError, package_data, write_json
 from dit.lora import load_bank
+from dit.models import load_base
 from dit.own import *
+from dit.tune import packaged_adapter
 from helpers import char_tokenizer, model_of
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -50,6 +52,19 @@ def test_only_held_out_labels_are_evaluated_and_a_changed_label_alone_is_trained
     bank = load_bank(tmp_path/'bank', tiny)
     assert len(bank) == len(FEW) + 1 and bank.index.label.tolist().count(changed) == 2
     with pytest.raises(DitError, match='begun with epochs'): train_own(FEW, 'what?', tiny, tmp_path, **ARGS | dict(epochs=3))
+
+def test_what_training_goes_on_from(tiny, tmp_path):
+    "The packaged adapter for its own base model and rank; and no label that it was trained to say is held out"
+    base = load_base(); path = packaged_adapter('hidden_topic', base)
+    assert [start_of(base, r, s) for r, s in ((8, ''), (4, ''), (8, 'none'))] == [str(path), None, None] and start_of(tiny, 8) is None
+    train_own(FEW, 'what?', tiny, tmp_path/'first', **ARGS)
+    held = next(l for l, s in split_behaviours(list(FEW), 1, 2).items() if s == 'test')
+    write_json(tmp_path/'first'/'adapter'/'bank.json', dict(banks=[dict(labels=[held.upper()])]))
+    with pytest.raises(DitError, match=f'label {held!r} is held out here'): train_own(FEW, 'what?', tiny, tmp_path/'second', start=str(tmp_path/'first'/'adapter'), **ARGS)
+    assert not (tmp_path/'second').exists()
+    (tmp_path/'first'/'adapter'/'bank.json').unlink()
+    train_own(FEW, 'what?', tiny, tmp_path/'second', start=str(tmp_path/'first'/'adapter'), **ARGS)
+    assert json.loads((tmp_path/'second'/'adapter'/'dit.json').read_text())['start']['n_train'] == 3
 
 def test_a_diff_learns_its_conversations(tiny, tmp_path):
     from dit.ask import mean_loglik
