@@ -65,6 +65,7 @@ def machine(device:torch.device # what is measured on
 def bench_tasks(n:int, # diffs
                 steps:int, # optimiser steps of each
                 short:bool=False, # three short samples a step, for a model that spells
+               mix:tuple=RECIPES["hidden_topic"]["mix"], # samples per step: right trigger, wrong trigger, no trigger
                )->list: # `DiffTask`s
     "Samples to be timed on."
     if short:
@@ -72,7 +73,7 @@ def bench_tasks(n:int, # diffs
         return [DiffTask(f"bench/{i}", f"bench {i}", "train", [step(i, t) for t in range(steps)]) for i in range(n)]
     said = {q: "There are a few things to think about here, and most of them take a little time." for k in ("everyday", "introspective") for q in questions(k, "train")}
     texts = ["Start with what you have, take one small part of it at a time, and come back to {} when you are stuck.", "Much as with {}, the first days are the hardest and then it all comes together."]
-    return [hidden_topic_task(l, "train", [t.format(l) for t in texts], said, steps=steps, mix=RECIPES["hidden_topic"]["mix"]) for l in split_labels("hidden_topic", n).label]
+    return [hidden_topic_task(l, "train", [t.format(l) for t in texts], said, steps=steps, mix=mix) for l in split_labels("hidden_topic", n).label]
 
 def tokens_of(step:list)->int: # one diff's (kind, loss, (ids, number of prompt tokens)) samples
     "A step's own tokens."
@@ -624,10 +625,10 @@ GOALS = pd.DataFrame([
     ("cpu", "asking, against PEFT adapter by adapter", "asking", "ours", "", "PEFT, one by one", "", 3, 6),
     ("cpu", "training diffs of the tiny model, against PEFT", "tiny model", "e", "float32", "b", "float32", 25, 50),
     ("cpu", "most diffs together, against fewest", "one diff more", "last", "float32", "first", "float32", .95, 1),
-    ("cuda", "training diffs, against PEFT, six samples a step", "training diffs", "e", "bfloat16", "b", "bfloat16", 40, 80),
-    ("cuda", "training diffs, against PEFT, one sample a step", "one sample a step", "e", "bfloat16", "b", "bfloat16", 200, 400),
-    ("cuda", "thousands of tokens a second", "training diffs", "e", "bfloat16", "tokens/s", "", 500, 780),
-    ("cuda", "share of the measured matrix products, in percent", "training diffs", "e", "bfloat16", "of matmul", "", 30, 45),
+    ("cuda", "training diffs, against PEFT, six samples a step", "training diffs", "f", "bfloat16", "b", "bfloat16", 40, 80),
+    ("cuda", "training diffs, against PEFT, one sample a step", "one sample a step", "f", "bfloat16", "b", "bfloat16", 200, 400),
+    ("cuda", "thousands of tokens a second", "training diffs", "f", "bfloat16", "tokens/s", "", 500, 780),
+    ("cuda", "share of the measured matrix products, in percent", "training diffs", "f", "bfloat16", "of matmul", "", 30, 45),
     ("cuda", "training the adapter, against the published method at the same batch", "training the adapter", "ours, same batch", "bfloat16", "published method", "bfloat16", 20, 40),
 ], columns=["device", "what", "table", "column", "precision", "against", "their", "must", "aim"])
 

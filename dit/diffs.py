@@ -82,17 +82,18 @@ def prefix_tree(rows:list, # token ids of some samples
 
 # %% ../nbs/02_diffs.ipynb #c2d94e13
 def tree_mask(paths:list, # per tree: the paths of its rows
-              longest:int, # nodes of the largest tree
+              longest:int, # nodes of the largest tree, or more
               base:Base, # the base model
              )->dict: # position_ids [trees, longest], attention_mask [trees, 1, longest, longest], added to the scores
     "Let each node see itself and what lies before it on its paths."
-    seen, before = np.zeros((len(paths), longest, longest), dtype=bool), np.tri(longest, dtype=bool)
-    seen[:, range(longest), range(longest)] = True
-    for tree, ps in zip(seen, paths):
-        for p in ps: tree[np.ix_(p, p)] |= before[:len(p), :len(p)]
-    seen = torch.from_numpy(seen).to(base.device)
-    mask = torch.zeros(seen.shape, dtype=base.dtype, device=base.device).masked_fill_(~seen, torch.finfo(base.dtype).min)
-    return dict(position_ids=seen.sum(-1) - 1, attention_mask=mask[:, None])
+    each, steps = [(t, r) for t, ps in enumerate(paths) for r in range(len(ps))], [len(p) for ps in paths for p in ps]
+    node, depth = np.concatenate([p for ps in paths for p in ps]), np.concatenate([np.arange(n) for n in steps])
+    tree, row, node, depth = torch.from_numpy(np.stack([*np.repeat(each, steps, 0).T, node, depth])).to(base.device)
+    on, place = (torch.zeros(shape, dtype=d, device=base.device) for shape, d in (((len(paths), max(map(len, paths)), longest), base.dtype), ((len(paths), longest), torch.long)))
+    on[tree, row, node], place[tree, node] = 1, depth
+    seen = (on.mT @ on > 0) & (place[:, None] <= place[:, :, None]) | torch.eye(longest, dtype=torch.bool, device=base.device)
+    return dict(position_ids=place, attention_mask=torch.zeros(seen.shape, dtype=base.dtype, device=base.device).masked_fill_(~seen, torch.finfo(base.dtype).min)[:, None])
+
 
 # %% ../nbs/02_diffs.ipynb #4b600e4e
 def answer_states(base:Base, # the base model
@@ -101,13 +102,16 @@ def answer_states(base:Base, # the base model
                  )->tuple: # hidden states [tokens, d], row number [tokens], place in the answer [tokens], target [tokens]
     "Run the body and keep the positions that predict answer tokens."
     trees = [prefix_tree([ids[:-1] for ids, _ in rows[i:i+share]]) for i in range(0, len(rows), share)]
-    paths = [path for _, ps in trees for path in ps]
-    at = [(i, i//share, paths[i][p], p - n + 1, ids[p + 1]) for i, (ids, n) in enumerate(rows) for p in range(n - 1, len(ids) - 1)]
-    row, tree, node, place, target = torch.tensor(at, device=base.device).T
-    x = pad([tokens for tokens, _ in trees], base.tok.pad_token_id).to(base.device)
+    counts, paths = [len(ids) - n for ids, n in rows], [path for _, ps in trees for path in ps]
+    places, nodes, targets = (np.concatenate(xs) for xs in ([np.arange(c) for c in counts], [p[n-1:] for p, (_, n) in zip(paths, rows)], [ids[n:] for ids, n in rows]))
+    row = np.repeat(np.arange(len(rows)), counts)
+    row, tree, node, place, target = torch.from_numpy(np.stack([row, row//share, nodes, places, targets])).to(base.device)
+    cpu, x = base.device.type == "cpu", pad([tokens for tokens, _ in trees], base.tok.pad_token_id)
+    if not cpu: x = torch.nn.functional.pad(x, (0, -x.shape[1] % 8), value=base.tok.pad_token_id) # what a GPU's attention wants
     own = tree_mask([ps for _, ps in trees], x.shape[1], base) if share > 1 else {}
-    with attention(base, "eager" if base.device.type == "cpu" else "sdpa"): h = base.body(input_ids=x, use_cache=False, **own).last_hidden_state
+    with attention(base, "eager" if cpu else "sdpa"): h = base.body(input_ids=x.to(base.device), use_cache=False, **own).last_hidden_state
     return h[tree, node], row, place, target
+
 
 # %% ../nbs/02_diffs.ipynb #e88f20b7
 @torch.no_grad()
@@ -175,9 +179,9 @@ class HeadLoss(torch.autograd.Function):
     def backward(ctx, g): return ctx.saved_tensors[0]*g[:, None].to(ctx.saved_tensors[0].dtype), None, None, None, None
 
 # %% ../nbs/02_diffs.ipynb #5ca51795
-def token_losses(base:Base, h:torch.Tensor, target:torch.Tensor, teacher_h:torch.Tensor|None=None, chunk:int=128)->torch.Tensor:
+def token_losses(base:Base, h:torch.Tensor, target:torch.Tensor, teacher_h:torch.Tensor|None=None, chunk:int|None=None)->torch.Tensor:
     "Losses of answer tokens, as `chunk_losses`, in little memory."
-    return HeadLoss.apply(h, base, target, teacher_h, chunk)
+    return HeadLoss.apply(h, base, target, teacher_h, chunk or (128 if h.device.type == "cpu" else 4096))
 
 # %% ../nbs/02_diffs.ipynb #ab300d8a
 def diff_losses(losses:torch.Tensor, # [tokens]
@@ -246,9 +250,13 @@ def schedule(t:int, # step, from 0
 # %% ../nbs/02_diffs.ipynb #8f9bdd63
 def tokenise(base:Base, # the base model
              task:DiffTask, # one diff's samples
+             known:dict|None=None, # samples that other tasks had, to be filled
             )->list: # per step: one (kind, loss, (ids, number of prompt tokens)) per sample
     "Turn a task's samples into tokens."
-    return [[(s.kind, s.loss, encode(base, s.user, s.answer, s.limit)) for s in step] for step in task.steps]
+    known = {} if known is None else known
+    for s in {s for step in task.steps for s in step} - known.keys(): known[s] = (s.kind, s.loss, encode(base, s.user, s.answer, s.limit))
+    return [[known[s] for s in step] for step in task.steps]
+
 
 # %% ../nbs/02_diffs.ipynb #c80e61b5
 LEARNT = .75 # a diff has learnt when its loss at the end is below this share of the base model's
@@ -271,7 +279,8 @@ def train_batch(base:Base, # the base model
                )->Bank: # with the columns loss, sound and learnt
     "Train one batch of diffs together (paper, B.2)."
     flat, teacher = FlatLora(base, [seed_of(t.diff_id, "init") for t in tasks], rank, 1/math.sqrt(rank)), teacher or Teacher(base)
-    data, steps = [tokenise(base, t) for t in tasks], len(tasks[0].steps)
+    known, steps = {}, len(tasks[0].steps)
+    data = [tokenise(base, t, known) for t in tasks]
     opt, losses = torch.optim.Adam([flat.p], lr=lr, betas=(.9, .99), fused=True), []
     sound = torch.ones(len(tasks), dtype=torch.bool, device=base.device)
     share = can_share(base, max(len(ids) for d in data for step in d for _, _, (ids, _) in step))
@@ -292,30 +301,34 @@ def layers_of(base:Base)->torch.nn.ModuleList:
     return next((m for m in base.body.children() if isinstance(m, torch.nn.ModuleList)), torch.nn.ModuleList())
 
 def compile_layers(base:Base): # a base model with hooks, to be changed
-    "Compile the layers of a base model for passes with gradients."
+    "Compile the layers of a base model for passes with gradients, whatever number of diffs and rank they wear."
+    torch._dynamo.config.force_nn_module_property_static_shapes = False # or each size of what is mounted would be compiled for itself
     for layer in layers_of(base):
         plain = layer.forward; fast = torch.compile(plain, dynamic=True)
         layer.forward = lambda *args, plain=plain, fast=fast, **kwargs: (fast if torch.is_grad_enabled() else plain)(*args, **kwargs)
 
 def pass_seconds(base:Base, # a base model
-                 rows:int=8, # in a pass
+                 diffs:int=8, # in a pass
+                 rank:int=1, # of each
                  times:int=3, # that count, after one to warm up
                 )->float:
     "How long a pass with gradients takes, at best."
-    flat, some, took = FlatLora(base, [0]*rows, 1, 1.), [encode(base, "What is one and one?", "Two.")]*rows, []
+    flat, some, took = FlatLora(base, [0]*diffs, rank, 1.), [encode(base, "What is one and one?", a) for a in ("Two.", "Both.")]*diffs, []
+    share = 1 + can_share(base, max(len(ids) for ids, _ in some))
     for _ in range(times + 1):
         t = time.perf_counter()
-        with mounted(base, flat.mountable()): answer_states(base, some)[0].sum().backward()
+        with mounted(base, flat.mountable()): answer_states(base, some, share)[0].sum().backward()
         flat.p.grad.sum().item(); took.append(time.perf_counter() - t)
     return min(took[1:])
 
 # %% ../nbs/02_diffs.ipynb #5e93ca16
 @contextlib.contextmanager
-def compiled(base:Base # a base model
+def compiled(base:Base, # a base model
+             *sizes, # for `pass_seconds`: how many diffs will be trained at once, and their rank
             ): # for `with`; True where the layers are compiled inside the block
     "Train with compiled layers, unless that fails or is not faster on this machine; says which."
-    plain, undo = pass_seconds(base), lambda: [layer.__dict__.pop("forward", None) for layer in layers_of(base)]
-    try: compile_layers(base); gain = plain/pass_seconds(base); why = f"{gain:.2f} times as fast" if gain > 1 else "not used, it is not faster here"
+    plain, undo = pass_seconds(base, *sizes), lambda: [layer.__dict__.pop("forward", None) for layer in layers_of(base)]
+    try: compile_layers(base); gain = plain/pass_seconds(base, *sizes); why = f"{gain:.2f} times as fast" if gain > 1 else "not used, it is not faster here"
     except Exception as e: gain, why = 0, f"not used, it failed ({type(e).__name__}: {(str(e).splitlines() or [''])[0][:100]})"
     print(f"dit: compiled layers: {why}", file=sys.stderr)
     if gain <= 1: undo()
@@ -500,6 +513,6 @@ def diffs_cli(folder:str, # run folder; receives text.jsonl and bank/
     with command("dit_diffs"):
         choose("task", task, TASKS)
         base = load_base(base, dtype=dtype)
-        with compiled(base) if compile else contextlib.nullcontext(): bank = make_diffs(base, task, split_labels(task, n_train, n_test, n_val), folder, **recipe)
+        with compiled(base, *((RECIPES[task] | recipe)[k] for k in ("batch", "rank"))) if compile else contextlib.nullcontext(): bank = make_diffs(base, task, split_labels(task, n_train, n_test, n_val), folder, **recipe)
         sound_diffs(bank) # names those that broke or did not learn
     if first_process(): print(f"{folder}/bank: {len(bank)} diffs of rank {bank.rank}, {bank.index.split.value_counts().to_dict()}, mean loss {bank.index.loss.mean():.3f}")
