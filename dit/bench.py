@@ -311,7 +311,7 @@ def differs(got:tuple, # (weights [n, parameters], losses [n]) of a column
     "Why a column's result is not the one that is wanted."
     (p, l), (q, m), n = got, want, min(len(got[1]), len(want[1]))
     if not (gap := (l[:n] - m[:n]).abs().max().item()) <= 1e-4: return f"its losses differ by {gap:.0e}"
-    if not (gap := ((p[:n] - q[:n]).norm(dim=1)/q[:n].norm(dim=1)).max().item()) <= 1e-3: return f"its weights differ by {gap:.0e}"
+    if not (gap := ((p[:n] - q[:n]).norm(dim=1)/q[:n].norm(dim=1)).max().item()) <= 5e-3: return f"its weights differ by {gap:.0e}"
     return ""
 
 def gate(column, # a way to train diffs
