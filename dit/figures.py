@@ -110,8 +110,8 @@ def plot_models(both:pd.DataFrame, # from `one_shape`
     for r in both.itertuples():
         x = list(models).index(r.model) + (methods.index(r.method) - (len(methods) - 1)/2)*width
         ax.bar(x, r.mean - 1, width, bottom=1, yerr=[[r.ci95], [min(r.ci95, 5 - r.mean)]], color=COLOURS[r.method], hatch="" if r.source == "ours" else "///", edgecolor="white", error_kw=dict(lw=.8, capsize=1.5))
-    ns = both.groupby("model", sort=False).n.min()
-    names = ["\n".join([*(textwrap.fill(part, 14) for part in m.split("\n")), f"(n = {ns[m]:.0f})"]) for m in models]
+    ns = both.groupby("model", sort=False).n.agg(lambda n: " to ".join(f"{k:.0f}" for k in sorted({n.min(), n.max()})))
+    names = ["\n".join([*(textwrap.fill(part, 14) for part in m.split("\n")), f"(n = {ns[m]})"]) for m in models]
     ax.set(xticks=range(len(models)), xticklabels=names, ylim=(1, 5.15), ylabel="mean score, 1 to 5", title=title)
     ax.legend(handles=[plt.Rectangle((0, 0), 1, 1, color=COLOURS[m], label=m) for m in methods] + [plt.Rectangle((0, 0), 1, 1, fc=".7", ec="white", hatch="///", label="hatched: the paper's")], frameon=False, loc="upper center", bbox_to_anchor=(.5, -.029 - .057*max(1 + n.count("\n") for n in names)), ncol=3, fontsize=8)
     ax.tick_params(axis="x", labelsize=8); sns.despine(ax=ax)
