@@ -336,6 +336,21 @@ def test_two_processes_share_one_bank(tiny, tmp_path):
     assert (flatten(got)[order] - flatten(want)).abs().max() < 1e-4
     assert not list((folder/'.claims').iterdir())
 
+def test_compiled_layers_take_any_number_of_diffs_of_any_rank(monkeypatch):
+    graphs, normal, base = [], torch.compile, tiny_base()
+    torch._dynamo.reset()
+    monkeypatch.setattr(torch, 'compile', lambda f, **kwargs: normal(f, backend=lambda graph, inputs: graphs.append(graph) or graph.forward, **kwargs))
+    compile_layers(base); pass_seconds(base, 5, 3, 1); first = len(graphs)
+    for n, rank in ((7, 3), (7, 4), (3, 2)): pass_seconds(base, n, rank, 1)
+    assert len(graphs) == first > 0, 'one compilation does for all'
+
+def test_samples_that_diffs_share_are_encoded_once(tiny, monkeypatch):
+    tasks, seen, encode = toy_tasks(3), [], D.encode
+    want = [tokenise(tiny, t) for t in tasks]
+    monkeypatch.setattr(D, 'encode', lambda base, *a: seen.append(a) or encode(base, *a))
+    known = {}; assert [tokenise(tiny, t, known) for t in tasks] == want
+    assert len(seen) == len(set(seen)) < sum(len(step) for t in tasks for step in t.steps)
+
 @pytest.mark.parametrize('compiler', [RuntimeError('no compiler'), lambda f, **kwargs: f], ids=['fails', 'works'])
 def test_compiling_changes_no_diff_and_leaves_nothing_behind(tiny, monkeypatch, capsys, compiler):
     def use(f, **kwargs):
