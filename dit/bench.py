@@ -311,7 +311,7 @@ def differs(got:tuple, # (weights [n, parameters], losses [n]) of a column
     "Why a column's result is not the one that is wanted."
     (p, l), (q, m), n = got, want, min(len(got[1]), len(want[1]))
     if not (gap := (l[:n] - m[:n]).abs().max().item()) <= 1e-4: return f"its losses differ by {gap:.0e}"
-    if not (gap := ((p[:n] - q[:n]).norm(dim=1)/q[:n].norm(dim=1)).max().item()) <= 5e-3: return f"its weights differ by {gap:.0e}"
+    if not (gap := ((p[:n] - q[:n]).norm(dim=1)/q[:n].norm(dim=1)).max().item()) <= 1e-3: return f"its weights differ by {gap:.0e}"
     return ""
 
 def gate(column, # a way to train diffs
@@ -625,10 +625,10 @@ GOALS = pd.DataFrame([
     ("cpu", "asking, against PEFT adapter by adapter", "asking", "ours", "", "PEFT, one by one", "", 3, 6),
     ("cpu", "training diffs of the tiny model, against PEFT", "tiny model", "e", "float32", "b", "float32", 25, 50),
     ("cpu", "most diffs together, against fewest", "one diff more", "last", "float32", "first", "float32", .95, 1),
-    ("cuda", "training diffs, against PEFT, six samples a step", "training diffs", "f", "bfloat16", "b", "bfloat16", 40, 80),
-    ("cuda", "training diffs, against PEFT, one sample a step", "one sample a step", "f", "bfloat16", "b", "bfloat16", 200, 400),
-    ("cuda", "thousands of tokens a second", "training diffs", "f", "bfloat16", "tokens/s", "", 500, 780),
-    ("cuda", "share of the measured matrix products, in percent", "training diffs", "f", "bfloat16", "of matmul", "", 30, 45),
+    ("cuda", "training diffs, against PEFT, six samples a step", "training diffs", "e", "bfloat16", "b", "bfloat16", 40, 80),
+    ("cuda", "training diffs, against PEFT, one sample a step", "one sample a step", "e", "bfloat16", "b", "bfloat16", 200, 400),
+    ("cuda", "thousands of tokens a second", "training diffs", "e", "bfloat16", "tokens/s", "", 500, 780),
+    ("cuda", "share of the measured matrix products, in percent", "training diffs", "e", "bfloat16", "of matmul", "", 30, 45),
     ("cuda", "training the adapter, against the published method at the same batch", "training the adapter", "ours, same batch", "bfloat16", "published method", "bfloat16", 20, 40),
 ], columns=["device", "what", "table", "column", "precision", "against", "their", "must", "aim"])
 

@@ -94,7 +94,6 @@ def tree_mask(paths:list, # per tree: the paths of its rows
     seen = (on.mT @ on > 0) & (place[:, None] <= place[:, :, None]) | torch.eye(longest, dtype=torch.bool, device=base.device)
     return dict(position_ids=place, attention_mask=torch.zeros(seen.shape, dtype=base.dtype, device=base.device).masked_fill_(~seen, torch.finfo(base.dtype).min)[:, None])
 
-
 # %% ../nbs/02_diffs.ipynb #4b600e4e
 def answer_states(base:Base, # the base model
                   rows:list, # (token ids, number of prompt tokens)
@@ -111,7 +110,6 @@ def answer_states(base:Base, # the base model
     own = tree_mask([ps for _, ps in trees], x.shape[1], base) if share > 1 else {}
     with attention(base, "eager" if cpu else "sdpa"): h = base.body(input_ids=x.to(base.device), use_cache=False, **own).last_hidden_state
     return h[tree, node], row, place, target
-
 
 # %% ../nbs/02_diffs.ipynb #e88f20b7
 @torch.no_grad()
@@ -256,7 +254,6 @@ def tokenise(base:Base, # the base model
     known = {} if known is None else known
     for s in {s for step in task.steps for s in step} - known.keys(): known[s] = (s.kind, s.loss, encode(base, s.user, s.answer, s.limit))
     return [[known[s] for s in step] for step in task.steps]
-
 
 # %% ../nbs/02_diffs.ipynb #c80e61b5
 LEARNT = .75 # a diff has learnt when its loss at the end is below this share of the base model's

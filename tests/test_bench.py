@@ -72,12 +72,12 @@ def test_more_diffs_than_fit_into_a_pass_come_batch_by_batch(tiny, monkeypatch):
 def test_what_differs_is_found():
     want = (torch.ones(2, 4), torch.ones(2))
     assert differs((want[0]*1.0005, want[1]), want) == '' and differs((want[0][:1], want[1][:1]), want) == ''
-    assert 'weights differ by 8e-03' in differs((want[0]*1.008, want[1]), want)
+    assert 'weights differ by 2e-03' in differs((want[0]*1.002, want[1]), want)
     assert 'losses differ by 1e-03' in differs((want[0], want[1] + 1e-3), want)
     assert 'weights' in differs((want[0]*math.nan, want[1]), want) and 'losses' in differs((want[0], want[1]*math.nan), want)
 
 def test_diffs_that_feel_each_other_are_found(tiny):
-    "Too little to be seen in the weights, which stay within half a hundredth; exchanging a diff shows it"
+    "Too little to be seen in the weights, which stay within a thousandth; exchanging a diff shows it"
     def mixed(base, tasks, rank, lr, tell):
         p, losses = our_diffs(base, tasks, rank, lr, tell)
         return p + 1e-3*p.mean(0), losses
@@ -151,7 +151,7 @@ def timed(*lines): return B.pd.DataFrame([{'column': c, 'precision': p, 's per d
 def test_goals_are_looked_up_in_the_tables_of_their_device(tmp_path):
     diffs = timed(('a', 'float32', 60.), ('b', 'float32', 20.), ('e', 'float32', 10.), ('b', 'bfloat16', 8.), ('e', 'bfloat16', 5.))
     save_tables({'training diffs': diffs, 'one diff more': timed(('8 diffs', 'float32', 1.), ('32 diffs', 'float32', .7), ('128 diffs', 'float32', .5))}, tmp_path/'m-cpu', {})
-    save_tables({'training diffs': diffs.replace(dict(column=dict(e='f')))}, tmp_path/'m-cuda', {})
+    save_tables({'training diffs': diffs}, tmp_path/'m-cuda', {})
     got = speed_table(tmp_path, 'm')
     cpu, cuda = (got[got.device == d].set_index('what') for d in ('cpu', 'cuda'))
     assert cpu.measured.iloc[0] == '12 (3 to 48)' and cpu.reached.iloc[0] == 'aim', 'ours in the best precision, against the Trainer in its own'
