@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['SHARES', 'COLOURS', 'paper_numbers', 'results_file', 'our_results', 'one_kind', 'models_with', 'measured',
-           'one_shape', 'beside', 'plot_models', 'plot_lines', 'legend_below', 'plot_shares', 'text_box', 'save_figure',
-           'draw_figures', 'figures_cli']
+           'one_shape', 'beside', 'n_label', 'plot_models', 'plot_lines', 'legend_below', 'plot_shares', 'text_box',
+           'save_figure', 'draw_figures', 'figures_cli']
 
 # %% ../nbs/09_figures.ipynb #9a44fa09
 import json, os, textwrap
@@ -99,6 +99,12 @@ def beside(both:pd.DataFrame, # from `one_shape`
 COLOURS = dict(zip(("DIT", "DIT + Trigger", "Base Question", "Base Question + Trigger", "20 Questions", "20 Questions + Trigger", "Generated Story", "DIT trained on the other task", "DIT trained on both tasks"),
                    (c for i, c in enumerate(sns.color_palette("colorblind")) if i != 7))) | {"Agent": (.1,)*3, "Agent + Trigger": (.45,)*3}
 
+# %% ../nbs/09_figures.ipynb #5c0d1e7a
+def n_label(n:pd.Series, # numbers of diffs
+           )->str:
+    "How many diffs a bar, line or panel stands for."
+    return "n = " + " to ".join(f"{k:.0f}" for k in sorted({n.min(), n.max()}))
+
 # %% ../nbs/09_figures.ipynb #8dadc54f
 def plot_models(both:pd.DataFrame, # from `one_shape`
                 title:str, # what is shown
@@ -110,8 +116,8 @@ def plot_models(both:pd.DataFrame, # from `one_shape`
     for r in both.itertuples():
         x = list(models).index(r.model) + (methods.index(r.method) - (len(methods) - 1)/2)*width
         ax.bar(x, r.mean - 1, width, bottom=1, yerr=[[r.ci95], [min(r.ci95, 5 - r.mean)]], color=COLOURS[r.method], hatch="" if r.source == "ours" else "///", edgecolor="white", error_kw=dict(lw=.8, capsize=1.5))
-    ns = both.groupby("model", sort=False).n.agg(lambda n: " to ".join(f"{k:.0f}" for k in sorted({n.min(), n.max()})))
-    names = ["\n".join([*(textwrap.fill(part, 14) for part in m.split("\n")), f"(n = {ns[m]})"]) for m in models]
+    ns = both.groupby("model", sort=False).n.agg(n_label)
+    names = ["\n".join([*(textwrap.fill(part, 14) for part in m.split("\n")), f"({ns[m]})"]) for m in models]
     ax.set(xticks=range(len(models)), xticklabels=names, ylim=(1, 5.15), ylabel="mean score, 1 to 5", title=title)
     ax.legend(handles=[plt.Rectangle((0, 0), 1, 1, color=COLOURS[m], label=m) for m in methods] + [plt.Rectangle((0, 0), 1, 1, fc=".7", ec="white", hatch="///", label="hatched: the paper's")], frameon=False, loc="upper center", bbox_to_anchor=(.5, -.029 - .057*max(1 + n.count("\n") for n in names)), ncol=3, fontsize=8)
     ax.tick_params(axis="x", labelsize=8); sns.despine(ax=ax)
@@ -127,7 +133,7 @@ def plot_lines(ax, # axes to draw on
     marks = {key: "oDv^P"[i%5] if key[0] == "ours" else "shpX*"[i%5] for _, part in both.groupby("source") for i, key in enumerate(zip(part.source, part.model.factorize()[1]))}
     for (source, model, method), part in both.groupby(["source", "model", "method"], sort=False):
         part, look = part.sort_values("x"), dict(marker=marks[source, model]) | (dict(ls="-") if source == "ours" else dict(ls="--", mfc="white"))
-        said = method if label == "method" else f"{model} ({dict(ours='ours', paper='the paper')[source]}, n = {part.n.min():.0f})"
+        said = method if label == "method" else f"{model} ({dict(ours='ours', paper='the paper')[source]}, {n_label(part.n)})"
         ax.errorbar(part.x, part["mean"], [part.ci95, part.ci95.clip(upper=5 - part["mean"])], color=COLOURS[method], lw=1.4, ms=4.5, elinewidth=.8, capsize=2, label=said, **look)
     ax.set(**dict(xscale="log", ylim=(.9, 5.15), yticks=range(1, 6)) | settings); ax.tick_params(labelsize=8); ax.minorticks_off(); sns.despine(ax=ax)
 
