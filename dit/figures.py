@@ -153,7 +153,7 @@ def plot_shares(both:pd.DataFrame, # from `one_shape`
     fig, ax = plt.subplots(figsize=(7, .24*len(both) + 1.2))
     for share, colour in zip(SHARES, sns.color_palette("cividis", 5)):
         ax.barh(range(len(both)), both[share], left=left, color=colour, label=share[-1], height=.8); left = left + both[share]
-    ax.set(yticks=range(len(both)), yticklabels=names, xlim=(0, 1), xlabel="share of the held-out diffs", title=title)
+    ax.set(yticks=range(len(both)), yticklabels=names, xlim=(0, 1), xlabel=f"share of the held-out diffs ({n_label(both.n)})", title=title)
     ax.tick_params(axis="y", labelsize=7); ax.set_ylim(len(both) - .4, -.6); ax.legend(title="score", frameon=False, bbox_to_anchor=(1, 1), loc="upper left"); sns.despine(ax=ax)
     return fig
 
