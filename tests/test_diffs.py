@@ -1,5 +1,5 @@
 "Batched training: every diff as if it were alone, and a bank that survives being killed"
-import time
+import re, time
 from pathlib import Path
 
 import pandas as pd, pytest, torch, transformers
@@ -7,10 +7,11 @@ import torch.nn.functional as F
 from hypothesis import given, strategies as st
 from dit import diffs as D
 from dit.core import DitError, seed_of
-from dit.data import DiffTask, Sample, hidden_topic_task, news_task
+from dit.data import DiffTask, Sample, hidden_topic_task, news_task, split_labels
 from dit.diffs import *
 from dit.lora import *
 from dit.models import encode, make_base
+from dit.writers import base_answers
 from helpers import KINDS, finish, kill_when, model_of, start, toy_tasks
 from test_lora import whole
 from jobs import SAID
@@ -56,6 +57,13 @@ def test_real_samples_alone_and_together(tiny):
     news = [news_task(l, 'train', [f'{l}, they said.', f'Some people saw {l}.'], SAID, steps=2) for l in ('Mayor Opens Bridge', 'Cat Wins')]
     together = flatten(train_batch(tiny, news))
     for i, t in enumerate(news): assert (flatten(train_batch(tiny, [t]))[0] - together[i]).abs().max() < 1e-4
+
+def test_wrong_codes_get_what_the_base_model_says_behind_a_code(tiny):
+    bare, coded = base_answers(tiny), base_answers(tiny, coded=True)
+    assert bare.keys() == coded.keys() and bare != coded and coded == base_answers(tiny, coded=True)
+    task, = make_tasks(tiny, 'hidden_topic', split_labels('hidden_topic', 1), {l: ['It is like tea.'] for l in split_labels('hidden_topic', 1).label}, steps=6)
+    for s in (s for step in task.steps for s in step if s.kind != 'right'):
+        assert s.answer == (coded if s.kind == 'wrong' else bare)[re.sub(r'^Your SEP code is \d{6}\. ', '', s.user)]
 
 def test_same_bank_whatever_the_batch(tiny, tmp_path):
     tasks, banks = toy_tasks(7, steps=3), []
