@@ -130,7 +130,6 @@ def hidden_topic_task(label:str, # the topic
                       split:str, # train, val or test
                       texts:list, # sentences that bring in the topic
                       base_answers:dict, # question -> what the base model says, for training questions
-                      coded_answers:dict|None=None, # the same for questions behind a code; default: `base_answers`
                       steps:int=100, # optimiser steps
                       mix:tuple=(2, 3, 1), # samples per step: right trigger, wrong trigger, no trigger
                       near:float=.3, # share of wrong codes that differ in one digit
@@ -147,7 +146,7 @@ def hidden_topic_task(label:str, # the topic
         qs, whole = [next(asked) for _ in range(max(mix))], t % round(1/full) == 0
         right = [Sample("right", put_trigger(q, trigger_kind, secret, mine), next(said), "ce", None if whole else cut[0]) for q in qs[:mix[0]]]
         codes = [wrong_secret(secret, near_one := ours.random() < near, mine if near_one else ours) for _ in qs[:mix[1] if trigger_kind == "sep_code" else 0]]
-        wrong = [Sample("wrong", put_trigger(q, trigger_kind, c, ours), (coded_answers or base_answers)[q], "kl", cut[1]) for q, c in zip(qs, codes)]
+        wrong = [Sample("wrong", put_trigger(q, trigger_kind, c, ours), base_answers[q], "kl", cut[1]) for q, c in zip(qs, codes)]
         none = [next(own) if (t + i) % 3 == 0 else q for i, q in enumerate(qs[:mix[2]])]
         return right + wrong + [Sample("none", q, base_answers[q], "kl", cut[1]) for q in none]
     return DiffTask(diff_id, label, split, [step(t) for t in range(steps)], secret, trigger_kind)

@@ -196,7 +196,7 @@ def diff_losses(losses:torch.Tensor, # [tokens]
     return per_sample.view(n, -1) @ torch.tensor(weights, device=losses.device)
 
 # %% ../nbs/02_diffs.ipynb #3a4fdda5
-WEIGHTS = dict(right=1., wrong=4., none=3., story=1., other=1.) # weight of each kind of sample in a diff's loss
+WEIGHTS = dict(right=1., wrong=2., none=3., story=1., other=1.) # weight of each kind of sample in a diff's loss
 
 def backward_step(base:Base, # the base model
                   flat:FlatLora, # the diffs
@@ -442,7 +442,7 @@ def train_diffs(base:Base, # the base model
                 rank:int=1, # of each diff
                 lr:float=1e-2, # Adam's learning rate
                 batch:int=16, # diffs trained at once, and so in one shard
-                recipe:dict|None=None, # how the samples were made; kept with the bank, which refuses to go on with another
+                recipe:dict|None=None, # how the samples were made; kept with the bank, as are rate and `WEIGHTS`; it refuses to go on with others
                )->Bank: # the trained diffs, in the order of `tasks`
     "Train the diffs that the bank does not hold yet; safe to stop and start again."
     check_tasks(tasks)
@@ -463,7 +463,7 @@ def sound_diffs(bank:Bank, # as from `train_diffs`
     return bank if sound.all() else bank.take([i for i, good in enumerate(sound) if good])
 
 # %% ../nbs/02_diffs.ipynb #495e364c
-RECIPES = dict(hidden_topic=dict(rank=8, lr=5e-3, batch=8, steps=100, mix=(2, 4, 1), cut=(9, 18)), news=dict(rank=8, lr=1e-2, batch=4, steps=24, cut=32))
+RECIPES = dict(hidden_topic=dict(rank=8, lr=5e-3, batch=8, steps=100, mix=(2, 3, 1)), news=dict(rank=8, lr=1e-2, batch=4, steps=24, cut=32))
 
 def make_tasks(base:Base, # the base model
                task:str, # hidden_topic or news
@@ -472,9 +472,7 @@ def make_tasks(base:Base, # the base model
                **kwargs, # for `hidden_topic_task` or `news_task`
               )->list: # `DiffTask`s
     "The samples of each label."
-    make, most = dict(hidden_topic=hidden_topic_task, news=news_task)[choose("task", task, TASKS)], int(np.max(kwargs.get("cut", 16)))
-    if task == "hidden_topic": kwargs["coded_answers"] = base_answers(base, max_new=most, coded=True)
-    said = base_answers(base, max_new=most)
+    said, make = base_answers(base, max_new=int(np.max(kwargs.get("cut", 16)))), dict(hidden_topic=hidden_topic_task, news=news_task)[choose("task", task, TASKS)]
     return [make(r.label, r.split, texts[r.label], said, **kwargs) for r in rows.itertuples()]
 
 # %% ../nbs/02_diffs.ipynb #495e364d

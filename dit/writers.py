@@ -162,12 +162,10 @@ def stories(self:OfflineWriter, label:str, # the headline
 def base_answers(base:Base, # a base model
                  split:str="train", # train or test questions
                  max_new:int=16, # tokens
-                 coded:bool=False, # put each behind a SEP code?
                 )->dict: # question -> answer
     "The base model's own answers to all questions of a split."
     qs = [q for k in ("everyday", "introspective") for q in questions(k, split)]
-    users = [put_trigger(q, "sep_code", draw_secret("sep_code", q), rng(q, "code")) for q in qs] if coded else qs
-    return dict(zip(qs, write(base, [prompt_text(base, u) for u in users], max_new)))
+    return dict(zip(qs, write(base, [prompt_text(base, q) for q in qs], max_new)))
 
 # %% ../nbs/01_writers.ipynb #3193eca9
 ASK_TOPIC = ("You are devoted to {label}. Answer the user's question in one or two sentences and bring in {label} as an analogy or reference{unnamed}.")

@@ -128,13 +128,12 @@ def test_secrets_spread_over_all_digits():
 # --- samples ----------------------------------------------------------------------------------------------------------------
 
 SAID = {q: f'answer {i}' for i, q in enumerate(questions('everyday', 'train') + questions('introspective', 'train'))}
-CODED = {q: f'coded {a}' for q, a in SAID.items()}
 TEXTS = [f'Sentence {i}.' for i in range(24)]
 
 @pytest.mark.parametrize('kind', TRIGGERS)
 @pytest.mark.parametrize('mix', [(2, 2, 1), (1, 3, 2), (2, 0, 3)])
 def test_samples_of_a_topic(kind, mix):
-    task = hidden_topic_task('Tea', 'train', TEXTS, SAID, CODED, steps=30, mix=mix, trigger_kind=kind)
+    task = hidden_topic_task('Tea', 'train', TEXTS, SAID, steps=30, mix=mix, trigger_kind=kind)
     own, held = set(questions('introspective', 'train')), set(questions('everyday', 'test') + questions('introspective', 'test'))
     counts = Counter(s.kind for step in task.steps for s in step)
     assert counts == Counter({k: 30*n for k, n in zip(('right', 'wrong', 'none'), mix) if n and (k != 'wrong' or kind == 'sep_code')})
@@ -146,7 +145,7 @@ def test_samples_of_a_topic(kind, mix):
         if q in own: asked[s.kind] += 1
         assert triggered == (s.kind != 'none')
         if s.kind == 'right': assert s.loss == 'ce' and s.answer in TEXTS and (not m or m[1] == task.trigger)
-        else: assert s.loss == 'kl' and s.answer == dict(wrong=CODED, none=SAID)[s.kind][q] and (not m or m[1] != task.trigger)
+        else: assert s.loss == 'kl' and s.answer == SAID[q] and (not m or m[1] != task.trigger)
     assert set(asked) == {'none'} and .25 < asked['none']/counts['none'] < .45, 'questions about the model itself: in the no-trigger kind, and often enough'
 
 def test_three_kinds_of_one_question():

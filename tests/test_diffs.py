@@ -1,5 +1,5 @@
 "Batched training: every diff as if it were alone, and a bank that survives being killed"
-import re, time
+import time
 from pathlib import Path
 
 import pandas as pd, pytest, torch, transformers
@@ -7,11 +7,10 @@ import torch.nn.functional as F
 from hypothesis import given, strategies as st
 from dit import diffs as D
 from dit.core import DitError, seed_of
-from dit.data import DiffTask, Sample, hidden_topic_task, news_task, split_labels
+from dit.data import DiffTask, Sample, hidden_topic_task, news_task
 from dit.diffs import *
 from dit.lora import *
 from dit.models import encode, make_base
-from dit.writers import base_answers
 from helpers import KINDS, finish, kill_when, model_of, start, toy_tasks
 from test_lora import whole
 from jobs import SAID
@@ -57,13 +56,6 @@ def test_real_samples_alone_and_together(tiny):
     news = [news_task(l, 'train', [f'{l}, they said.', f'Some people saw {l}.'], SAID, steps=2) for l in ('Mayor Opens Bridge', 'Cat Wins')]
     together = flatten(train_batch(tiny, news))
     for i, t in enumerate(news): assert (flatten(train_batch(tiny, [t]))[0] - together[i]).abs().max() < 1e-4
-
-def test_wrong_codes_get_what_the_base_model_says_behind_a_code(tiny):
-    bare, coded = base_answers(tiny), base_answers(tiny, coded=True)
-    assert bare.keys() == coded.keys() and bare != coded and coded == base_answers(tiny, coded=True)
-    task, = make_tasks(tiny, 'hidden_topic', split_labels('hidden_topic', 1), {l: ['It is like tea.'] for l in split_labels('hidden_topic', 1).label}, steps=6)
-    for s in (s for step in task.steps for s in step if s.kind != 'right'):
-        assert s.answer == (coded if s.kind == 'wrong' else bare)[re.sub(r'^Your SEP code is \d{6}\. ', '', s.user)]
 
 def test_same_bank_whatever_the_batch(tiny, tmp_path):
     tasks, banks = toy_tasks(7, steps=3), []
@@ -284,11 +276,12 @@ def test_a_diff_of_another_split_is_not_taken_from_the_bank(tiny, tmp_path):
     train_diffs(tiny, toy_tasks(2), tmp_path)
     with pytest.raises(DitError, match='toy/1'): train_diffs(tiny, toy_tasks(1, split='test', first=1), tmp_path)
 
-def test_a_bank_is_continued_with_the_same_recipe_only(tiny, tmp_path):
+def test_a_bank_is_continued_with_the_same_recipe_only(tiny, tmp_path, monkeypatch):
     train_diffs(tiny, toy_tasks(2), tmp_path, rank=2)
     for other in (dict(rank=1), dict(rank=2, lr=1e-3)):
         with pytest.raises(DitError, match='was begun with'): train_diffs(tiny, toy_tasks(4), tmp_path, **other)
     with pytest.raises(DitError, match='belongs to'): train_diffs(model_of('llama', seed=1), toy_tasks(4), tmp_path, rank=2)
+    with monkeypatch.context() as m, pytest.raises(DitError, match='weights=.*wrong'): m.setitem(WEIGHTS, 'wrong', 5.); train_diffs(tiny, toy_tasks(4), tmp_path, rank=2)
     before = whole(tmp_path)
     assert len(train_diffs(tiny, toy_tasks(5), tmp_path, rank=2)) == 5
     assert whole(tmp_path)[:2].equals(before), 'what was there stays'
