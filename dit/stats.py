@@ -53,7 +53,7 @@ def wilson(hits:int, # successes
     if n == 0: return (0., 1.)
     p, d = hits/n, 1 + z*z/n
     mid, half = (p + z*z/(2*n))/d, z*math.sqrt(p*(1 - p)/n + z*z/(4*n*n))/d
-    return max(0., mid - half), min(1., mid + half)
+    return max(0., min(p, mid - half)), min(1., max(p, mid + half)) # rounding may not put a rate of 0 or 1 outside its interval
 
 # %% ../nbs/04_stats.ipynb #d1a1ba2a
 SUMMARY = ["n", "missing", "mean", "ci95", "low", "high", *(f"score {k}" for k in range(1, 6))]
