@@ -442,11 +442,11 @@ def train_diffs(base:Base, # the base model
                 rank:int=1, # of each diff
                 lr:float=1e-2, # Adam's learning rate
                 batch:int=16, # diffs trained at once, and so in one shard
-                recipe:dict|None=None, # how the samples were made; kept with the bank, as are rate and `WEIGHTS`; it refuses to go on with others
+                recipe:dict|None=None, # how the samples were made; kept with the bank, which refuses to go on with another
                )->Bank: # the trained diffs, in the order of `tasks`
     "Train the diffs that the bank does not hold yet; safe to stop and start again."
     check_tasks(tasks)
-    open_bank(folder, base, rank=rank, scaling=1/math.sqrt(rank), lr=lr, weights=WEIGHTS, recipe=json.loads(json.dumps(recipe or {})))
+    open_bank(folder, base, rank=rank, scaling=1/math.sqrt(rank), lr=lr, recipe=json.loads(json.dumps(recipe or {})))
     train_rest(base, untrained(folder, tasks), folder, rank, lr, batch)
     wanted = [t.diff_id for t in tasks]
     bank = load_bank(folder, base, lambda i: i.diff_id.isin(wanted))
