@@ -463,7 +463,7 @@ def sound_diffs(bank:Bank, # as from `train_diffs`
     return bank if sound.all() else bank.take([i for i, good in enumerate(sound) if good])
 
 # %% ../nbs/02_diffs.ipynb #495e364c
-RECIPES = dict(hidden_topic=dict(rank=8, lr=5e-3, batch=8, steps=100, mix=(2, 3, 1)), news=dict(rank=8, lr=1e-2, batch=4, steps=24, cut=32))
+RECIPES = dict(hidden_topic=dict(rank=8, lr=5e-3, batch=8, steps=150, mix=(2, 3, 1)), news=dict(rank=8, lr=1e-2, batch=4, steps=24, cut=32))
 
 def make_tasks(base:Base, # the base model
                task:str, # hidden_topic or news

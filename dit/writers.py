@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['NAMED', 'HINTED', 'SPOKEN', 'BETWEEN', 'ASK_TOPIC', 'UNNAMED', 'ASK_STORY', 'ROLES', 'one_sentence', 'is_prose',
-           'mentions', 'name_words', 'keep_topic_text', 'topic_openings', 'pieces', 'story_openings', 'compose_stories',
-           'tells_too_much', 'OfflineWriter', 'base_answers', 'EndpointWriter', 'load_texts']
+           'mentions', 'name_words', 'keep_topic_text', 'topic_openings', 'pieces', 'both_cuttings', 'story_openings',
+           'compose_stories', 'tells_too_much', 'OfflineWriter', 'base_answers', 'EndpointWriter', 'load_texts']
 
 # %% ../nbs/01_writers.ipynb #af697513
 import re
@@ -70,32 +70,38 @@ SPOKEN = ('"{}",', "{}:", 'The words "{}"', "There was talk of {},", 'A report m
 BETWEEN = ("Neighbours said", "Meanwhile,", "By evening,", "A spokesperson said", "Outside,", "For many,", "Later that day,", "Some people", "Early reports", "At the scene,")
 
 def pieces(headline:str, # a headline
-          )->list: # its words in groups of two to four
+           shift:float=0., # by how much of a piece the cuts are moved to the right: 0 or .5
+          )->list: # its words in groups of one to four
     "Cut a headline into pieces of about equal length."
     ws = headline.split(); n = max(2, round(len(ws)/2.7))
-    cuts = [round(i*len(ws)/n) for i in range(n+1)]
+    cuts = [0, *(round((i + shift)*len(ws)/n) for i in range(shift == 0, n)), len(ws)]
     return [" ".join(ws[a:b]).strip(",:;") for a, b in zip(cuts, cuts[1:])]
+
+def both_cuttings(headline:str, # a headline
+                 )->list: # each piece once
+    "The pieces of both cuttings."
+    return list(dict.fromkeys(pieces(headline) + pieces(headline, .5)))
 
 def story_openings(row, # a row of the headlines table
                    n:int, # sentences per piece
                   )->list: # (piece or "", beginning of a sentence)
-    "Beginnings of sentences: `n` for each piece of the headline, and as many fillers as there are pieces."
-    r, ps = rng(row.label, "openings"), pieces(row.label)
-    spoken = [(p, f.format(p)) for p in ps for f in r.sample(SPOKEN, n)]
-    return spoken + [("", f) for f in (r.sample(BETWEEN, len(BETWEEN))*2)[:n + len(ps)]]
+    "Beginnings of sentences: `n` for each piece of both cuttings, and some fillers."
+    r = rng(row.label, "openings")
+    spoken = [(p, f.format(p)) for p in both_cuttings(row.label) for f in r.sample(SPOKEN, n)]
+    return spoken + [("", f) for f in (r.sample(BETWEEN, len(BETWEEN))*2)[:n + len(pieces(row.label))]]
 
 # %% ../nbs/01_writers.ipynb #10d6994d
 def compose_stories(label:str, # the headline
                     bank:dict, # piece -> sentences, "" -> fillers
                     n:int, # how many
                    )->list:
-    "Put stories together: one sentence per piece in order, a filler between some."
-    r, ps = rng(label, "stories"), pieces(label)
-    def one():
+    "Put stories together: one sentence per piece in order, a filler between some; every other story uses the second cutting."
+    r = rng(label, "stories")
+    def one(k):
         out = []
-        for p in ps: out += [r.choice(bank[p])] + ([r.choice(bank[""])] if bank.get("") and r.random() < .4 else [])
+        for p in pieces(label, k % 2/2): out += [r.choice(bank[p])] + ([r.choice(bank[""])] if bank.get("") and r.random() < .4 else [])
         return " ".join(out)
-    return [one() for _ in range(n)]
+    return [one(k) for k in range(n)]
 
 def tells_too_much(story:str, # a story
                    label:str, # its headline
@@ -105,7 +111,7 @@ def tells_too_much(story:str, # a story
     words = lambda text: set(re.findall(r"\w{4,}", text.lower()))
     plain = lambda text: " ".join(re.findall(r"\w+", text.casefold()))
     if plain(label) in plain(story): return True
-    limit = max([most*len(words(label))] + [len(words(p)) for p in pieces(label)])
+    limit = max([most*len(words(label))] + [len(words(p)) for p in both_cuttings(label)])
     return any(len(words(label) & words(s)) > limit for s in re.split(r"(?<=[.!?])\s", story))
 
 # %% ../nbs/01_writers.ipynb #ef52ccd4
@@ -154,7 +160,7 @@ def stories(self:OfflineWriter, label:str, # the headline
             sentences:list, # (piece or "", sentence)
            )->list:
     "Compose stories; a piece for which the model found no sentence is set as one by itself."
-    bank = {p: [s for q, s in sentences if q == p] or [f'"{p}" was all that could be read.'] for p in pieces(label)}
+    bank = {p: [s for q, s in sentences if q == p] or [f'"{p}" was all that could be read.'] for p in both_cuttings(label)}
     bank[""] = [s for q, s in sentences if not q]
     return [s for s in compose_stories(label, bank, 2*(self.n or 16)) if not tells_too_much(s, label)][:self.n or 16]
 

@@ -8,7 +8,7 @@ from hypothesis import given, settings, strategies as st
 from dit.core import DitError, package_data, rng, seed_of
 from dit.data import *
 from dit.stats import read_results
-from dit.writers import compose_stories, pieces, tells_too_much, topic_openings, story_openings
+from dit.writers import both_cuttings, compose_stories, pieces, tells_too_much, topic_openings, story_openings
 
 def plain(label): return ' '.join(re.findall(r'\w+', label.casefold()))
 def stem(label): return ' '.join(sorted(re.sub(r'(?<=\w{3})(es|s)$', '', w) for w in plain(label).split() if w not in ('the', 'a', 'an', 'of')))
@@ -38,7 +38,7 @@ def test_headlines_are_varied_and_concrete():
     first = Counter(h.split()[0] for h in frame.label)
     assert max(first.values()) < .05*len(frame) and len({tuple(h.split()[:2]) for h in frame.label}) > .8*len(frame)
     assert frame.label.map(lambda h: len(h.split())).between(4, 20).all() and frame.label.str.contains(r'\d').mean() > .15
-    assert all(p for h in frame.label for p in pieces(h)), 'a piece of a headline without a word'
+    assert all(plain(p) and len(p.split()) <= 4 for h in frame.label for p in both_cuttings(h)), 'a piece of a headline without a word, or of five'
 
 def test_questions():
     frame = read_table(package_data('questions.csv'), ('question', 'style', 'kind', 'split'))
@@ -177,7 +177,7 @@ def test_no_text_no_task():
 
 def test_no_sentence_of_a_story_holds_its_headline():
     for label in labels('news').label[::40]:
-        bank = {p: [f'"{p}" was all that could be read.', f'There was talk of {p}.'] for p in pieces(label)} | {'': ['Outside, it rained.']}
+        bank = {p: [f'"{p}" was all that could be read.', f'There was talk of {p}.'] for p in both_cuttings(label)} | {'': ['Outside, it rained.']}
         told = compose_stories(label, bank, 8)
         assert len(told) == 8 and len(set(told)) > 1 and told == compose_stories(label, bank, 8)
         for story in told:
@@ -188,7 +188,9 @@ def test_no_sentence_of_a_story_holds_its_headline():
 
 @given(st.sampled_from(labels('news').label.tolist()))
 def test_pieces_are_the_headline(label):
-    assert plain(' '.join(pieces(label))) == plain(label) and len(pieces(label)) >= 2
+    for shift in (0, .5): assert plain(' '.join(pieces(label, shift))) == plain(label) and len(pieces(label, shift)) >= 2
+    joined = {pair for shift in (0, .5) for p in pieces(label, shift) for pair in zip(plain(p).split(), plain(p).split()[1:])}
+    assert joined == set(zip(plain(label).split(), plain(label).split()[1:])), 'two neighbours that no story joins'
     assert tells_too_much(f'It rained. They said that {label}.', label), 'a sentence that states the headline'
     assert not tells_too_much('It rained all day. Nobody came.', label)
 
@@ -198,7 +200,7 @@ def test_a_third_of_the_openings_do_not_name_the_topic():
         assert len(got) == 24 and len({o for _, o in got}) >= 16 and got == topic_openings(row, 24)
         assert sum(row.label not in o for _, o in got) == 8 == sum(bool(h) for h, _ in got)
     for row in list(labels('news').itertuples())[::300]:
-        assert [p for p, _ in story_openings(row, 2) if p] == [p for p in pieces(row.label) for _ in range(2)]
+        assert [p for p, _ in story_openings(row, 2) if p] == [p for p in both_cuttings(row.label) for _ in range(2)]
 
 def test_shared_ngrams():
     a, b = ['The lesson of Tea is to wait for it every day.'], ['The lesson of Moss is to wait for it every day.']
