@@ -59,7 +59,7 @@ def work(base:Base, # a base model, or its skeleton
     "What one run has to do."
     task, held, full = given.get("task", "hidden_topic"), given.get("n_diffs", 8), book == "05_full"
     recipe = dict(steps=FULL[task]["steps"]) if full else {k: given[k] for k in ("steps", "trigger_kind") if given.get(k) and book != "04_sweeps"}
-    n = {"03_tune": given.get("n_train", 300) + 16, "04_eval": held, "05_full": held, "22_fig_gate": 40}.get(book, 0) # the gate: five recipes
+    n = {"03_tune": given.get("n_train", 300) + 16, "04_eval": held, "05_full": held, "22_fig_gate": 28}.get(book, 0) # the gate: 48 diffs, most of fewer steps than the recipe has
     values = len(str(given.get("values", "1")).split())
     adapters = {"03_tune": given.get("n_train", 300)*given.get("epochs", 8), "04_sweeps": 0 if given.get("trigger_kind") else values*given.get("steps", 100)*8}.get(book, 0)
     each, predicted = diff_tokens(base, task, **recipe)
