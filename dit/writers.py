@@ -116,7 +116,7 @@ def tells_too_much(story:str, # a story
 
 # %% ../nbs/01_writers.ipynb #ef52ccd4
 class OfflineWriter:
-    "The base model as author; deterministic for a given base model, machine and seed, and in bfloat16 for the labels that are written together, since a row's last digits depend on those beside it."
+    "The base model as author; deterministic for a given base model, machine, seed and, in bfloat16, the labels written together."
     name = "base model"
     def __init__(self, base:Base, # who writes
                  n:int|None=None, # sentences per topic (24) or stories per headline (16)
