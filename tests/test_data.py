@@ -61,6 +61,10 @@ def test_no_held_out_label_was_trained_on(task):
     trained = {l for b in json.loads((root/'dit'/'adapters'/f"smollm2-135m-{task.replace('_', '-')}"/'bank.json').read_text())['banks'] for l in b.get('labels', ())}
     reserved = set(split_labels(task, 0, HELD_OUT['test'], HELD_OUT['val']).label)
     assert len(trained) > 200 and trained <= set(labels(task).label) and not trained & (reserved | set(read_results(root/'results'/'eval'/'SmolLM2-135M-Instruct'/f'{task}.csv').truth))
+    others = list((root/'results'/'eval').glob(f'*/{task}_training.json')); assert others # adapters that do not come with the package
+    for path in others:
+        trained = {l for b in json.loads(path.read_text())['banks'] for l in b['labels']}
+        assert trained and trained <= set(labels(task).label) and not trained & (reserved | set(read_results(path.with_name(f'{task}.csv')).truth))
 
 # --- splits -----------------------------------------------------------------------------------------------------------------
 
