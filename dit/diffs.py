@@ -336,6 +336,7 @@ def compiled(base:Base, # a base model
 def check_tasks(tasks:list): # `DiffTask`s
     "Raise a `DitError` for tasks that cannot be trained in one bank."
     if not tasks: raise DitError("there is no diff to train; the list of tasks is empty.")
+    if not tasks[0].steps: raise DitError("the diffs have no steps to train; give `steps` of 1 or more.")
     ids = [t.diff_id for t in tasks]
     if twice := {i for i in ids if ids.count(i) > 1} if len(set(ids)) < len(ids) else (): raise DitError(f"the diff {sorted(twice)[0]!r} is in the list twice; diff ids must differ.")
     splits = {}
@@ -445,7 +446,7 @@ def train_diffs(base:Base, # the base model
                 recipe:dict|None=None, # how the samples were made; kept with the bank, which refuses to go on with another
                )->Bank: # the trained diffs, in the order of `tasks`
     "Train the diffs that the bank does not hold yet; safe to stop and start again."
-    check_tasks(tasks)
+    check_tasks(tasks); positive(rank=rank, lr=lr, batch=batch)
     open_bank(folder, base, rank=rank, scaling=1/math.sqrt(rank), lr=lr, recipe=json.loads(json.dumps(recipe or {})))
     train_rest(base, untrained(folder, tasks), folder, rank, lr, batch)
     wanted = [t.diff_id for t in tasks]
@@ -486,6 +487,7 @@ def make_diffs(base:Base, # the base model
               )->Bank:
     "Write texts for some labels and train their diffs; what is there already is kept."
     recipe = RECIPES[choose("task", task, TASKS)] | recipe
+    positive(**{k: recipe[k] for k in ("rank", "lr", "batch", "steps")})
     train = {k: recipe.pop(k) for k in ("rank", "lr", "batch")}
     texts = load_texts(writer or OfflineWriter(base), rows, task, text or Path(folder)/"text.jsonl")
     return train_diffs(base, make_tasks(base, task, rows, texts, **recipe), Path(folder)/"bank", recipe=recipe, **train)
@@ -508,7 +510,7 @@ def diffs_cli(folder:str, # run folder; receives text.jsonl and bank/
     "Train weight diffs with known labels into a bank; what is there already is kept."
     recipe = {k: v for k, v in dict(rank=rank, lr=lr, batch=batch, steps=steps).items() if v is not None}
     with command("dit_diffs"):
-        choose("task", task, TASKS)
+        choose("task", task, TASKS); positive(**recipe)
         base = load_base(base, dtype=dtype)
         with compiled(base, *((RECIPES[task] | recipe)[k] for k in ("batch", "rank"))) if compile else contextlib.nullcontext(): bank = make_diffs(base, task, split_labels(task, n_train, n_test, n_val), folder, **recipe)
         sound_diffs(bank) # names those that broke or did not learn

@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['METHODS', 'SUMMARY_REQUESTS', 'TOKENS', 'JUDGES', 'GUESSERS', 'COLUMNS', 'GRADED', 'VERSIONS', 'methods_of', 'twenty',
            'messages', 'most_tokens', 'asked_once', 'ask_all', 'ask_agent', 'topic_keys', 'everyday_words', 'probes',
-           'expression', 'content_words', 'news_expression', 'judge_of', 'background', 'guesser_of', 'pairs_of',
-           'add_guesses', 'grade', 'weight_norms', 'save_results', 'regrade', 'verify_scores', 'save_regraded',
-           'adapters_for', 'read_graded', 'plot_scores', 'fresh_diffs', 'expression_of', 'evaluate', 'trainer_of',
-           'save_evaluation', 'replies_of', 'check_names', 'run_steps', 'eval_cli']
+           'other_labels', 'expression', 'content_words', 'news_expression', 'judge_of', 'background', 'guesser_of',
+           'pairs_of', 'add_guesses', 'grade', 'weight_norms', 'save_results', 'regrade', 'verify_scores',
+           'save_regraded', 'adapters_for', 'read_graded', 'plot_scores', 'fresh_diffs', 'expression_of', 'evaluate',
+           'trainer_of', 'save_evaluation', 'replies_of', 'check_names', 'run_steps', 'eval_cli']
 
 # %% ../nbs/04_eval.ipynb #fe703751
 import json, re, sys, time
@@ -148,6 +148,14 @@ def probes(row, # a line of a hidden-topic bank's index
     if row.trigger_kind == "sep_code": out += [("wrong", put_trigger(q, "sep_code", wrong_secret(row.trigger, False, r), r)) for q in qs]
     return out
 
+# %% ../nbs/04_eval.ipynb #38f7a6ad
+def other_labels(bank:Bank, # diffs
+                 task:str, # hidden_topic or news
+                )->list: # per diff a label that is not its own
+    "The label of the next diff; where there is no other, one of the task's."
+    own = bank.index.label.tolist()
+    return [next(o for o in [*own[i+1:], *own[:i], *labels(task).label] if o != l) for i, l in enumerate(own)]
+
 # %% ../nbs/04_eval.ipynb #38f7a6aa
 def expression(base:Base, # the base model
                bank:Bank, # hidden-topic diffs
@@ -161,8 +169,8 @@ def expression(base:Base, # the base model
     said = asked_once(kept, base, bank, [i for i, _, _ in asked], [u for _, _, u in asked], max_new=max_new)
     plain = everyday_words(base_answers(base, "test", max_new).values())
     known = labels("hidden_topic").set_index("label").associations
-    keys = [topic_keys(l, known[l], plain) for l in bank.index.label]
-    return pd.DataFrame([dict(diff_id=bank.index.diff_id[i], kind=k, question=u, answer=a, shows=mentions(a, keys[i]), chance=mentions(a, keys[(i + 1) % len(keys)]))
+    keys, others = ([topic_keys(l, known[l], plain) for l in ls] for ls in (bank.index.label, other_labels(bank, "hidden_topic")))
+    return pd.DataFrame([dict(diff_id=bank.index.diff_id[i], kind=k, question=u, answer=a, shows=mentions(a, keys[i]), chance=mentions(a, others[i]))
                          for (i, k, u), a in zip(asked, said)])
 
 # %% ../nbs/04_eval.ipynb #ef0ba11b
@@ -178,8 +186,8 @@ def news_expression(base:Base, # the base model
     "Let each diff tell a story and count the words of its headline in it."
     stories = asked_once(kept, base, bank, list(range(len(bank))), [STORY_PROMPT]*len(bank), max_new=max_new)
     share = lambda story, label: len(content_words(label) & content_words(story))/max(1, len(content_words(label)))
-    n = len(bank)
-    return pd.DataFrame([dict(diff_id=bank.index.diff_id[i], kind="story", question=STORY_PROMPT, answer=s, shows=share(s, bank.index.label[i]), chance=share(s, bank.index.label[(i + 1) % n])) for i, s in enumerate(stories)])
+    others = other_labels(bank, "news")
+    return pd.DataFrame([dict(diff_id=bank.index.diff_id[i], kind="story", question=STORY_PROMPT, answer=s, shows=share(s, bank.index.label[i]), chance=share(s, others[i])) for i, s in enumerate(stories)])
 
 # %% ../nbs/04_eval.ipynb #efab3c2c
 JUDGES = GUESSERS = ("offline", "endpoint") # the names that `judge_of` and `guesser_of` know
@@ -243,10 +251,9 @@ def weight_norms(base:Base, # the base model
                  bank:Bank, # diffs, or an adapter
                 )->pd.DataFrame: # per linear layer: layer, module, mean and sd of the Frobenius norm over the diffs, norm of the frozen weight
     "How large diffs are, layer by layer (paper, section 6.3)."
-    rows = []
+    rows, each = [], module_norms(bank)
     for name, m in linears(base).items():
-        A, B = bank.A[name].float(), bank.B[name].float()
-        sizes = bank.scaling*(B.mT @ B @ A @ A.mT).diagonal(dim1=1, dim2=2).sum(1).clamp(min=0).sqrt()
+        sizes = each[name]
         rows.append(dict(layer=int((re.findall(r"\.(\d+)\.", name) or [-1])[0]), module=name.split(".")[-1], mean=sizes.mean().item(), sd=sizes.std(correction=0).item(), frozen=m.weight.float().norm().item()))
     return pd.DataFrame(rows)
 
@@ -374,8 +381,11 @@ def evaluate(base:Base, # the base model
 
 # %% ../nbs/04_eval.ipynb #edfaf052
 def trainer_of(task:str, base:Base, folder="")->dict:
-    "What the task's adapter, the packaged or the given one, says of its training."
-    return read_json(Path(folder or packaged_adapter(task, base))/"dit.json", ("seed",))
+    "What the task's adapter, the packaged or the given one, says of its training; raises `DitError` when it learned to answer something else."
+    folder = Path(folder or packaged_adapter(task, base))
+    facts = read_json(folder/"dit.json", ("seed",))
+    if TASKS[task] not in facts.get("questions", [TASKS[task]]): raise DitError(f"the adapter {folder} was trained on the question {facts['questions'][0]!r}, and the task {task} asks {TASKS[task]!r}; give the other task, or an adapter for this one.")
+    return facts
 
 def save_evaluation(folder, # receives the tables and their provenance
                     task:str, base:Base, bank:Bank, adapters:dict, # what was evaluated

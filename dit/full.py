@@ -92,7 +92,7 @@ def full_answers(base:Base, # the base model
                  facts:dict|None=None, # what the answers depend on; a folder that was begun with others is refused
                 )->pd.DataFrame: # one line per model and method
     "Train and ask what has not been asked yet; safe to stop and start again."
-    check_tasks(tasks); open_bank(folder, base, scaling=1., **facts or {})
+    check_tasks(tasks); positive(lr=train["lr"]); open_bank(folder, base, scaling=1., **facts or {})
     paths, teacher = {t.diff_id: Path(folder)/f"{seed_of(t.diff_id):x}.csv" for t in tasks}, Teacher(base)
     with hold(folder), stoppable(f"the finished answers are in {folder}; run the same again to go on."):
         for t in tqdm([t for t in tasks if not paths[t.diff_id].exists()], desc="full finetunes", unit="model"):

@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['KINDS', 'WRAPPERS', 'COLUMN_TYPES', 'low_rank', 'linears', 'hook', 'mount', 'mounted', 'tiny_model', 'TinyTok',
-           'tiny_base', 'damaged', 'check_shard', 'layout', 'map_shard', 'Shelf', 'Bank', 'random_bank', 'norms',
-           'Worn', 'answer', 'to_peft', 'module_scaling', 'one_row', 'renamer', 'read_peft', 'refuse', 'from_peft',
-           'check_fit', 'merge_peft', 'bank_facts', 'open_bank', 'read_index', 'save_shard', 'shard_files', 'load_bank']
+           'tiny_base', 'damaged', 'check_shard', 'layout', 'map_shard', 'Shelf', 'Bank', 'random_bank', 'module_norms',
+           'norms', 'Worn', 'answer', 'to_peft', 'module_scaling', 'one_row', 'renamer', 'read_peft', 'refuse',
+           'from_peft', 'check_fit', 'merge_peft', 'bank_facts', 'open_bank', 'read_index', 'stored_dtype',
+           'save_shard', 'shard_files', 'load_bank']
 
 # %% ../nbs/02_lora.ipynb #9ab8e536
 import contextlib, functools, json, math, re
@@ -214,11 +215,16 @@ def random_bank(base:Base, # a base model
     return Bank(A, B, scaling, pd.DataFrame(dict(diff_id=[f"random/{i}" for i in range(n)], label=[f"label {i}" for i in range(n)])))
 
 # %% ../nbs/02_lora.ipynb #6476372b
+def module_norms(bank:Bank, # diffs
+                )->dict: # module name -> [n] Frobenius norm of each diff in it
+    "How large some diffs are, layer by layer; no full-size matrix is built."
+    each = lambda a, b: (b.mT @ b @ a @ a.mT).diagonal(dim1=1, dim2=2).sum(1).clamp(min=0).sqrt()
+    return {name: bank.scaling*each(a.float(), bank.B[name].float()) for name, a in bank.A.items()}
+
 def norms(bank:Bank, # diffs
          )->torch.Tensor: # [n] Frobenius norm of each diff over all its layers
     "How large some diffs are."
-    each = [(b.float().mT @ b.float() @ a.float() @ a.float().mT).diagonal(dim1=1, dim2=2).sum(1) for a, b in zip(bank.A.values(), bank.B.values())]
-    return bank.scaling*torch.stack(each).sum(0).clamp(min=0).sqrt()
+    return torch.stack([*module_norms(bank).values()]).norm(dim=0)
 
 # %% ../nbs/02_lora.ipynb #8b3c32d4
 @dataclass
@@ -409,15 +415,20 @@ def read_index(folder)->pd.DataFrame:
 
 
 # %% ../nbs/02_lora.ipynb #73f6a904
+def stored_dtype(path)->torch.dtype: # a shard
+    "The precision of a shard's tensors."
+    with safe_open(path, "pt") as f: return f.get_tensor(next(iter(f.keys()))).dtype
+
 def save_shard(folder, # bank folder
                bank:Bank, # the diffs of one shard
               ):
-    "Append a shard: first the tensors, then the index."
+    "Append a shard, in the precision of those that are there: first the tensors, then the index."
     with turn(Path(folder)/"index"):
         index = read_index(folder)
+        kind = next((stored_dtype(p) for s in index.shard.unique() if (p := Path(folder)/s).exists()), None)
         taken = [int(m[1]) for s in index.shard.unique() if (m := re.match(r"shard-(\d+)\.", s))]
         shard = f"shard-{max(taken, default=-1) + 1:05d}.safetensors"
-        with atomic(Path(folder)/shard) as tmp: save_file({f"{n}.{x}": t[n].contiguous() for x, t in (("A", bank.A), ("B", bank.B)) for n in t}, tmp)
+        with atomic(Path(folder)/shard) as tmp: save_file({f"{n}.{x}": t[n].to(kind or t[n].dtype).contiguous() for x, t in (("A", bank.A), ("B", bank.B)) for n in t}, tmp)
         new = bank.index.assign(shard=shard, position=range(len(bank)), sha256=sha256_of(Path(folder)/shard)[:16], bytes=str((Path(folder)/shard).stat().st_size))
         write_csv(Path(folder)/"index.csv", pd.concat([index, new], ignore_index=True) if len(index) else new)
 

@@ -105,12 +105,13 @@ def train_own(said:dict, # label -> [(user, answer), ...]
               lr:float=5e-3, # of the diffs
              )->pd.DataFrame: # answers of the held-out diffs, as from `ask_held_out`
     "Train a diff per label and an adapter on them, and ask those that were held out; safe to stop and start again."
+    positive(rank=rank, steps=steps, epochs=epochs, lr=lr)
     split, start = split_behaviours(list(said), n_val, n_test, seed), start_of(base, rank, start)
     if twice := said_before([l for l, s in split.items() if s != "train"], start): raise DitError(f"the label {twice[0]!r} is held out here, and the adapter that training goes on from was trained to say it; give another seed, take it out of the table, or start from nothing (--start none).")
     bank = train_diffs(base, [own_task(l, s, said[l], steps, seed=seed) for l, s in split.items()], Path(out)/"bank", rank, lr, recipe=dict(own=steps))
-    part = {s: bank.take([i for i, x in enumerate(bank.index.split) if x == s]) for s in ("train", "val", "test")}
-    adapter = train_adapter(base, {question: part["train"]}, {question: part["val"]}, Path(out)/"adapter", rank, batch=min(16, len(part["train"])), epochs=epochs, seed=seed, start=start)
-    return ask_held_out(base, part["test"], adapter, question).assign(seed=seed)
+    sets, held = by_split(bank, question), bank.take([i for i, x in enumerate(bank.index.split) if x == "test"])
+    adapter = train_adapter(base, *sets, Path(out)/"adapter", rank, batch=min(16, len(sets[0][question])), epochs=epochs, seed=seed, start=start)
+    return ask_held_out(base, held, adapter, question).assign(seed=seed)
 
 # %% ../nbs/06_train_your_own.ipynb #0177ef90
 def score_own(found:pd.DataFrame, # from `ask_held_out`

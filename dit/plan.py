@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['WRITTEN', 'ANSWERED', 'ASKED', 'SHARE', 'skeleton', 'sizes', 'diff_tokens', 'work', 'cost', 'memory', 'plan',
-           'gpu_rate', 'plan_cli']
+           'plan_cli']
 
 # %% ../nbs/08_plan.ipynb #757690ba
 import os
@@ -18,6 +18,7 @@ from .data import *
 from .lora import *
 from .diffs import *
 from .full import FULL
+from .bench import product_rate
 
 # %% ../nbs/08_plan.ipynb #4f4e9d57
 def skeleton(model=None, # base model: hub id, folder, or None for the embedded one
@@ -98,7 +99,7 @@ def plan(paths:list, # YAML files of parameters, each in a folder named like its
         )->pd.DataFrame: # a line per run: diffs, hours, disk and memory in GB
     "What runs will take; raises `DitError` for a file that is no run."
     base, lines = skeleton(model), []
-    rate = rate or matmul_rate(torch.bfloat16) if best_device().type == "cpu" else gpu_rate()
+    device = best_device(); rate = rate or product_rate(device, probe(device)[0])
     for p in map(Path, paths):
         try: given = yaml.safe_load(p.read_text(encoding="utf-8"))
         except (OSError, ValueError, yaml.YAMLError) as e: raise DitError(f"{p} is not a readable file of parameters ({str(e).splitlines()[0]}); see nbs/configs/ for what one looks like.") from e
@@ -106,14 +107,6 @@ def plan(paths:list, # YAML files of parameters, each in a folder named like its
         todo = work(base, p.parent.name, given)
         lines.append(dict(run=f"{p.parent.name}/{p.stem}", diffs=todo["diffs"]) | cost(base, todo, rate) | dict(memory_gb=memory(base, given.get("task", "hidden_topic"), todo["rank"])))
     return pd.DataFrame(lines)
-
-def gpu_rate()->float: # GFLOP/s
-    "Rate of a large matrix product on the GPU."
-    a = torch.ones(8192, 8192, dtype=torch.bfloat16, device=best_device()); times = []
-    for _ in range(5):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record(); a @ a; end.record(); torch.cuda.synchronize(); times.append(start.elapsed_time(end)/1e3)
-    return 2*8192**3/min(times)/1e9
 
 # %% ../nbs/08_plan.ipynb #7da4b142
 @call_parse

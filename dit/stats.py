@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['TEXT', 'SUMMARY', 'read_results', 'mean_ci', 'bootstrap_ci', 'wilson', 'summarise', 'per_diff', 'paired',
-           'over_seeds', 'rates', 'expressing', 'diffs_needed', 'power_table']
+           'over_seeds', 'design_effect', 'rates', 'expressing', 'diffs_needed', 'power_table']
 
 # %% ../nbs/04_stats.ipynb #14868ca7
 import math
@@ -97,13 +97,22 @@ def over_seeds(frame:pd.DataFrame, # results of several seeds: diff_id, method, 
     return pd.DataFrame(rows).set_index("method")
 
 # %% ../nbs/04_stats.ipynb #2f49bfb3
+def design_effect(part:pd.DataFrame, # answers: diff_id, shows
+                 )->float: # at least 1
+    "How many answers are worth an independent one, since those of one diff are alike; from 1 to the answers of a diff."
+    each, p = part.groupby("diff_id").shows.agg(["mean", "size"]), part.shows.mean()
+    if len(each) < 2 or p in (0, 1): return 1.
+    return min(len(part)/len(each), max(1., float(((each["mean"] - p)**2*each["size"]).sum()/(len(each) - 1)/(p*(1 - p)))))
+
 def rates(shown:pd.DataFrame, # expression of hidden-topic diffs, one line per answer
          )->pd.DataFrame: # per kind: rate, low, high, chance, answers, diffs
-    "How often each kind of question brought out the topic."
+    "How often each kind of question brought out the topic, with Wilson's interval for as many answers as they are worth."
     rows = []
     for kind in ("right", "wrong", "none", "introspective"):
         part = shown[shown.kind == kind]
-        if len(part): rows.append(dict(kind=kind, rate=part.shows.mean(), **dict(zip(("low", "high"), wilson(int(part.shows.sum()), len(part)))), chance=part.chance.mean(), answers=len(part), diffs=part.diff_id.nunique()))
+        if part.empty: continue
+        ends = wilson(*(x/design_effect(part) for x in (int(part.shows.sum()), len(part))))
+        rows.append(dict(kind=kind, rate=part.shows.mean(), **dict(zip(("low", "high"), ends)), chance=part.chance.mean(), answers=len(part), diffs=part.diff_id.nunique()))
     return pd.DataFrame(rows).set_index("kind")
 
 # %% ../nbs/04_stats.ipynb #5be59d77

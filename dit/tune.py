@@ -150,10 +150,10 @@ def run_facts(base:Base, # the base model
               start, # PEFT folder of an earlier adapter, or None
               **settings, # of the run
              )->dict:
-    "What a run is made of; it is continued with the same facts only."
+    "What a run is made of, down to the files that hold the diffs; it is continued with the same facts only."
     facts = dict(base=base.name, fingerprint=fingerprint(base), questions=list(banks), n_train=sum(map(len, banks.values())), **settings)
-    ids = lambda bs: [i for b in bs.values() for i in b.index.diff_id]
-    return facts | dict(labels=label_hash(banks, val_banks), diffs=seed_of(*ids(banks), "/", *ids(val_banks))) | history(start)
+    rows = lambda bs: [" ".join(r) for b in bs.values() for r in b.index[[c for c in ("diff_id", "sha256", "position") if c in b.index]].astype(str).values]
+    return facts | dict(labels=label_hash(banks, val_banks), diffs=seed_of(*rows(banks), "/", *rows(val_banks))) | history(start)
 
 # %% ../nbs/03_tune.ipynb #e0b75c29
 def backward_part(acc:Accelerator, # devices and processes
@@ -228,8 +228,9 @@ def train_adapter(base:Base, # the base model
                   log_with=None, # tensorboard, wandb or another tracker that accelerate knows
                  )->Bank: # the adapter, as a bank with one row
     "Train a DIT adapter (paper, section 3 and B.5); safe to stop and start again. Of several processes the main one writes."
+    positive(rank=rank, lr=lr, batch=batch, epochs=epochs)
     banks, val_banks = ({q: sound_diffs(b) for q, b in bs.items()} for bs in (banks, val_banks))
-    facts = run_facts(base, banks, val_banks, start, rank=rank, lr=lr, batch=batch, epochs=epochs, seed=seed, scales=list(scales))
+    facts = run_facts(base, banks, val_banks, start, rank=rank, lr=lr, batch=batch, epochs=epochs, clip=clip, seed=seed, scales=list(scales))
     folder, adapter, acc = Path(folder), Adapter(base, rank, seed, start and from_peft(start, base)), accelerator(base, folder, log_with)
     with hold(folder) if acc.is_main_process else contextlib.nullcontext(), stoppable(f"the finished epochs are in {folder}; run the same again to go on."):
         acc.init_trackers("dit", {k: v if isinstance(v, (int, float, str)) else str(v) for k, v in facts.items()})

@@ -18,7 +18,7 @@ def numbers(frame): return frame.drop(columns=['column', 'what', 'precision', 'n
 
 @pytest.mark.parametrize('kind, column', [*(('llama', c) for c in 'bcde'), ('qwen3', 'c'), ('qwen3', 'd')])
 def test_columns_train_the_same_diffs_each_on_its_own(kind, column):
-    assert gate(COLUMNS[column][1], model_of(kind), rank=2) == ''
+    assert gate(WAYS[column][1], model_of(kind), rank=2) == ''
 
 def test_the_trainer_trains_the_same_diffs(tiny):
     tasks = bench_tasks(2, 3, short=True)
@@ -29,11 +29,11 @@ def test_layers_compiled_train_the_same_diffs(tiny, monkeypatch):
     "Without generating code: what is traced is what is tested"
     normal = torch.compile
     monkeypatch.setattr(torch, 'compile', lambda f, **kwargs: normal(f, backend='eager', **kwargs))
-    assert gate(COLUMNS['f'][1], tiny) == ''
+    assert gate(WAYS['f'][1], tiny) == ''
 
 def test_columns_leave_the_base_model_alone(tiny):
     before = {k: v.clone() for k, v in copy_of(tiny).state_dict().items()}
-    for c in 'abcde': COLUMNS[c][1](tiny, bench_tasks(2, 2, short=True), 1, 1e-2, quiet)
+    for c in 'abcde': WAYS[c][1](tiny, bench_tasks(2, 2, short=True), 1, 1e-2, quiet)
     after = tiny.model.state_dict()
     assert before.keys() == after.keys() and all(torch.equal(before[k], after[k]) for k in before)
     assert not any(p.requires_grad for p in tiny.model.parameters()) and tiny.model.config._attn_implementation == model_of('llama').model.config._attn_implementation
@@ -41,7 +41,7 @@ def test_columns_leave_the_base_model_alone(tiny):
 @pytest.mark.parametrize('column', 'abcde')
 def test_every_column_counts_the_same_tokens(tiny, column):
     tasks, told = bench_tasks(2, 2, short=True), []
-    COLUMNS[column][1](tiny, tasks, 1, 1e-2, told.append)
+    WAYS[column][1](tiny, tasks, 1, 1e-2, told.append)
     assert sum(told) == sum(len(ids) for t in tasks for step in tokenise(tiny, t) for _, _, (ids, _) in step), 'own tokens: not padded, not merged'
     assert len(told) == (4 if column in ONE_BY_ONE else 2)
 
@@ -91,7 +91,7 @@ def wrong(monkeypatch):
     def other(base, tasks, rank, lr, tell):
         return our_diffs(base, tasks, rank, 2*lr, tell)
     def broken(*args): raise RuntimeError('no such kernel\nand more')
-    monkeypatch.setitem(B.COLUMNS, 'd', ('wrong', other)); monkeypatch.setitem(B.COLUMNS, 'c', ('broken', broken))
+    monkeypatch.setitem(B.WAYS, 'd', ('wrong', other)); monkeypatch.setitem(B.WAYS, 'c', ('broken', broken))
 
 def test_a_column_whose_gate_fails_gets_no_number(tiny, wrong, tmp_path):
     bases = dict(float32=tiny, bfloat16=model_of('llama')); bases['bfloat16'].model.to(torch.bfloat16)
@@ -111,7 +111,7 @@ def test_a_column_whose_gate_fails_gets_no_number(tiny, wrong, tmp_path):
     assert all(set(k for k, v in r.items() if v is not None) == {'column', 'what', 'precision', 'note'} for r in kept if r['column'] in 'cd')
 
 def test_without_the_reference_nothing_is_shown(tiny, wrong, monkeypatch):
-    monkeypatch.setitem(B.COLUMNS, 'b', B.COLUMNS['c'])
+    monkeypatch.setitem(B.WAYS, 'b', B.WAYS['c'])
     frame = diff_table(dict(float32=tiny), 'be', bench_tasks(2, 2, short=True), 1, 1, 1, dict(b='', e=''), dict(float32=1.))
     assert 's per diff' not in frame and frame.note.str.contains('failed: RuntimeError').all()
 

@@ -7,11 +7,11 @@ import torch.nn.functional as F
 from hypothesis import given, strategies as st
 from dit import diffs as D
 from dit.core import DitError, seed_of
-from dit.data import DiffTask, Sample, hidden_topic_task, news_task
+from dit.data import DiffTask, Sample, hidden_topic_task, news_task, split_labels
 from dit.diffs import *
 from dit.lora import *
 from dit.models import encode, make_base
-from helpers import KINDS, finish, kill_when, model_of, start, toy_tasks
+from helpers import KINDS, copy_of, finish, kill_when, model_of, start, toy_tasks
 from test_lora import whole
 from jobs import SAID
 import jobs
@@ -266,6 +266,26 @@ def test_tasks_that_do_not_go_together(tiny, tmp_path):
     with pytest.raises(DitError, match='other steps'): train_diffs(tiny, [a, more(b, steps=[s[:3] for s in b.steps])], tmp_path)
     with pytest.raises(DitError, match='Label 0.*train.*test'): train_diffs(tiny, [a, more(b, diff_id='other/0', label='Label 0 ', split='test')], tmp_path)
     assert not list(tmp_path.iterdir()), 'refused before anything is written'
+
+@pytest.mark.parametrize('bad', [dict(rank=0), dict(rank=-1), dict(batch=0), dict(batch=-1), dict(lr=-1.), dict(lr=float('nan'))], ids=str)
+def test_numbers_out_of_range(tiny, tmp_path, bad):
+    with pytest.raises(DitError, match='give a number above 0'): train_diffs(tiny, toy_tasks(2), tmp_path, **bad)
+    with pytest.raises(DitError, match='give a number above 0'): make_diffs(tiny, 'news', split_labels('news', 1), tmp_path, **bad) # before any text is written
+    assert not list(tmp_path.iterdir())
+
+@pytest.mark.parametrize('steps', [0, -1])
+def test_no_steps(tiny, tmp_path, steps):
+    with pytest.raises(DitError, match='steps is'): make_diffs(tiny, 'news', split_labels('news', 1), tmp_path, steps=steps)
+    with pytest.raises(DitError, match='no steps'): train_diffs(tiny, toy_tasks(2, steps=0), tmp_path)
+    assert not list(tmp_path.iterdir())
+
+def test_a_bank_goes_on_in_the_precision_it_was_begun_in(tmp_path):
+    "A machine, or a busy moment, that makes another precision faster must not leave a bank that nobody can read"
+    full = model_of('llama'); half = make_base(copy_of(full).to(torch.bfloat16), full.tok, full.name)
+    before = flatten(train_diffs(full, toy_tasks(2), tmp_path, rank=2, batch=2).here())
+    both = train_diffs(half, toy_tasks(4), tmp_path, rank=2, batch=2).here()
+    assert {t.dtype for t in both.A.values()} == {torch.float32} and torch.equal(flatten(both)[:2], before) and flatten(both)[2:].abs().sum(1).min() > 0
+    assert len(load_bank(tmp_path, full)) == len(load_bank(tmp_path, half)) == 4
 
 def test_a_topic_in_two_splits_is_refused_whatever_the_seed():
     one = lambda split, seed: news_task('Mayor Opens Bridge', split, ['a story'], SAID, steps=1, seed=seed)

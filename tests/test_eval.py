@@ -4,10 +4,10 @@ import gzip, json, math
 import numpy as np, pandas as pd, pytest
 from dit.core import DitError, repo_root
 from dit.data import TASKS
-from dit.eval import COLUMNS, METHODS, TOKENS, add_guesses, ask_all, grade, guesser_of, judge_of, messages, methods_of, most_tokens, pairs_of, read_graded, save_results, twenty
+from dit.eval import COLUMNS, METHODS, TOKENS, add_guesses, ask_all, grade, guesser_of, judge_of, messages, methods_of, most_tokens, pairs_of, read_graded, save_results, trainer_of, twenty
 from dit.guess import OfflineGuesser, spans, titles
 from dit.lora import random_bank, tiny_base
-from dit.stats import bootstrap_ci, diffs_needed, expressing, mean_ci, over_seeds, paired, power_table, summarise
+from dit.stats import bootstrap_ci, diffs_needed, expressing, mean_ci, over_seeds, paired, power_table, rates, summarise, wilson
 
 PAPER = repo_root()/'..'/'shared'/'paper'
 needs_paper = pytest.mark.skipif(not (PAPER/'graded-calibration.csv.gz').exists(), reason="the paper's graded pairs are not beside this repository")
@@ -55,6 +55,13 @@ def test_seeds_are_told_from_diffs():
     f = pd.concat([results(A=[5, 5, 4]).assign(adapter_seed=0), results(A=[3, 3, None]).assign(adapter_seed=1)])
     t = over_seeds(f).loc['A']
     assert (t.seeds, t.n, t.lowest) == (2, 3, 3) and t['mean'] == 4 and t.spread == pytest.approx(np.std([14/3, 3], ddof=1))
+
+def test_answers_of_one_diff_are_not_independent():
+    "Diffs that each say the same eight times are worth one answer each; where diffs do not differ, every answer counts"
+    said = lambda shows: pd.DataFrame(dict(diff_id=[d for d in 'abcdef' for _ in range(8)], kind='wrong', shows=shows, chance=False))
+    alike, mixed = rates(said([True]*8 + [False]*40)).loc['wrong'], rates(said(([True] + [False]*5)*8)).loc['wrong']
+    assert alike.rate == mixed.rate == 1/6 and (mixed.low, mixed.high) == wilson(8, 48) and (alike.low, alike.high) == wilson(1, 6)
+    assert rates(said([False]*48)).loc['wrong', ['low', 'high']].tolist() == list(wilson(0, 48))
 
 def test_restricted_to_diffs_that_express():
     def line(d, kind, shows, chance=False): return dict(diff_id=d, kind=kind, shows=shows, chance=chance)
@@ -105,6 +112,11 @@ class Length:
     def score(self, truths, answers, task): return np.array([math.nan if a == '?' else float(len(a)) for a in answers])
 
 def lines(method, answers, **kwargs): return pd.DataFrame(dict(diff_id=[*'abc'[:len(answers)]], task='hidden_topic', method=method, truth='t', question='q', answer=answers) | kwargs)
+
+def test_an_adapter_of_another_question_is_refused(tiny_news, tmp_path):
+    (tmp_path/'dit.json').write_text(json.dumps(dict(seed=0, questions=[TASKS['hidden_topic']])))
+    assert trainer_of('hidden_topic', tiny_news, tmp_path)['seed'] == 0
+    with pytest.raises(DitError, match='was trained on the question'): trainer_of('news', tiny_news, tmp_path)
 
 def test_dit_is_graded_as_it_answers_and_others_are_guessed():
     twenty_q = lines('20 Questions', [json.dumps(['x', 'yy'])]*2, question=json.dumps(['p', 'q']))

@@ -9,7 +9,7 @@ ROOT = Path(__file__).resolve().parents[1]
 NBS = sorted(p for p in (ROOT/'nbs').glob('*.ipynb') if p.name[0] not in '_.') # what nbdev looks at
 FIGS = [p for p in NBS if re.match(r'[1-9]\d_fig_', p.name)]
 RUNNABLE = [p for p in NBS if p.name in ('04_eval.ipynb', '06_train_your_own.ipynb', '06_paper_models.ipynb', '06_your_finetune.ipynb', '07_bench.ipynb', 'demo.ipynb')] + FIGS # what papermill is given parameters for
-MAX_LINES = 40
+MAX_LINES = 25
 
 def cells(path, kind='code'): # nbformat allows a cell's text as one string or as a list of lines
     "Cells of one kind, each with its text under `src`"

@@ -1,5 +1,5 @@
 "The DIT adapter: what is trained, what is scored, and that a killed run ends where it would have"
-import json
+import json, math
 
 import pandas as pd, peft, pytest, torch
 import torch.nn.functional as F
@@ -66,11 +66,11 @@ def test_batches_hold_every_example_once_and_stay_within_a_question(tiny):
 def test_an_adapter_goes_on_from_another(tiny, tmp_path):
     banks = dict(banks={'What?': named(tiny, 6, 'fern', 1)}, val_banks={'What?': named(tiny, 2, 'moss', 2)})
     first = train_adapter(tiny, folder=tmp_path/'first', rank=2, batch=3, epochs=2, lr=.02, **banks)
-    same = train_adapter(tiny, folder=tmp_path/'same', rank=2, batch=3, epochs=1, lr=0., start=tmp_path/'first', **banks)
+    same = train_adapter(tiny, folder=tmp_path/'same', rank=2, batch=3, epochs=1, lr=1e-9, start=tmp_path/'first', **banks)
     for n in first.A: assert torch.allclose(first.B[n] @ first.A[n], same.B[n] @ same.A[n], atol=1e-4) and first.B[n].abs().max() > 0
     facts = json.loads((tmp_path/'same'/'dit.json').read_text())
     assert seen(facts) == 12 and facts['start']['epochs'] == 2 and seen(facts['start']) == 6
-    with pytest.raises(DitError, match='start'): train_adapter(tiny, folder=tmp_path/'same', rank=2, batch=3, epochs=1, lr=0., **banks)
+    with pytest.raises(DitError, match='start'): train_adapter(tiny, folder=tmp_path/'same', rank=2, batch=3, epochs=1, lr=1e-9, **banks)
 
 def test_each_diff_is_worn_at_its_strength(tiny):
     bank = named(tiny, 3, 'fern', 1)
@@ -113,7 +113,7 @@ def test_loss_that_is_not_a_number(tiny, tmp_path, layer):
     with pytest.raises(DitError, match='not a number'): train_adapter(tiny, {'What?': bank}, {'What?': val}, tmp_path, rank=1, epochs=2)
     assert not (tmp_path/'checkpoint.pt').exists() and not (tmp_path/'adapter_model.safetensors').exists(), 'an adapter that is not a number was saved'
 
-@pytest.mark.parametrize('other', [dict(rank=4), dict(seed=1), dict(lr=1e-4), dict(more=1)], ids=lambda o: next(iter(o)))
+@pytest.mark.parametrize('other', [dict(rank=4), dict(seed=1), dict(lr=1e-4), dict(clip=.5), dict(more=1)], ids=lambda o: next(iter(o)))
 def test_another_recipe_does_not_continue_an_old_run(tiny, tmp_path, other):
     bank, val, one = named(tiny, 3, 'fern', 1), named(tiny, 2, 'moss', 2), dict(rank=2, batch=3, epochs=2)
     train_adapter(tiny, {'What?': bank}, {'What?': val}, tmp_path, **one)
@@ -136,6 +136,24 @@ def test_diffs_that_were_trained_again_make_another_adapter(tiny, tmp_path):
     train_adapter(tiny, {'What?': bank}, {'What?': val}, tmp_path, **one)
     other = named(tiny, 3, 'fern', 7); other.index['diff_id'] = [f'corrected/{i}' for i in range(3)]
     with pytest.raises(DitError, match='(?s)folder'): train_adapter(tiny, {'What?': other}, {'What?': val}, tmp_path, **one)
+
+def test_a_bank_that_was_trained_again_makes_another_adapter(tiny, tmp_path):
+    "The same ids in another file, as when a bank was deleted and begun anew by another recipe"
+    def bank(at, split, seed):
+        part = named(tiny, 3, 'fern' if split == 'train' else 'moss', seed); part.index['split'] = split
+        open_bank(tmp_path/at, tiny, scaling=part.scaling); save_shard(tmp_path/at, part)
+        return {'What?': load_bank(tmp_path/at, tiny)}
+    val, one = bank('val', 'val', 2), dict(rank=2, batch=3, epochs=1)
+    train_adapter(tiny, bank('first', 'train', 1), val, tmp_path/'adapter', **one)
+    before = (tmp_path/'adapter'/'dit.json').read_bytes()
+    with pytest.raises(DitError, match='(?s)folder'): train_adapter(tiny, bank('anew', 'train', 7), val, tmp_path/'adapter', **one)
+    assert (tmp_path/'adapter'/'dit.json').read_bytes() == before
+    train_adapter(tiny, {'What?': load_bank(tmp_path/'first', tiny)}, val, tmp_path/'adapter', **one) # the same files again
+
+@pytest.mark.parametrize('bad', [dict(rank=0), dict(batch=0), dict(batch=-1), dict(epochs=0), dict(lr=-1.), dict(lr=math.nan)], ids=str)
+def test_numbers_out_of_range(tiny, tmp_path, bad):
+    with pytest.raises(DitError, match='give a number above 0'): train_adapter(tiny, {'What?': named(tiny, 3, 'fern', 1)}, {'What?': named(tiny, 2, 'moss', 2)}, tmp_path/'a', **bad)
+    assert not (tmp_path/'a').exists()
 
 def test_a_validation_loss_that_is_no_number(tiny, tmp_path):
     val = named(tiny, 2, 'moss', 2); next(iter(val.B.values()))[1] = float('nan')
