@@ -129,10 +129,11 @@ def plot_lines(ax, # axes to draw on
                label:str="model", # what a line of the legend stands for: model or method
                **settings, # for `ax.set`
               ):
-    "Mean scores along a logarithmic axis, with 95% intervals where they are known: a line per source, model and method."
+    "Mean scores along a logarithmic axis, with 95% intervals where they are known: a line per source, model and method, with marks that tell apart what the legend names."
     marks = {key: "oDv^P"[i%5] if key[0] == "ours" else "shpX*"[i%5] for _, part in both.groupby("source") for i, key in enumerate(zip(part.source, part.model.factorize()[1]))}
     for (source, model, method), part in both.groupby(["source", "model", "method"], sort=False):
-        part, look = part.sort_values("x"), dict(marker=marks[source, model]) | (dict(ls="-") if source == "ours" else dict(ls="--", mfc="white"))
+        mark = "oDv^PsX*"[list(COLOURS).index(method)%8] if label == "method" else marks[source, model]
+        part, look = part.sort_values("x"), dict(marker=mark) | (dict(ls="-") if source == "ours" else dict(ls="--", mfc="white"))
         said = method if label == "method" else f"{model} ({dict(ours='ours', paper='the paper')[source]}, {n_label(part.n)})"
         ax.errorbar(part.x, part["mean"], [part.ci95, part.ci95.clip(upper=5 - part["mean"])], color=COLOURS[method], lw=1.4, ms=4.5, elinewidth=.8, capsize=2, label=said, **look)
     ax.set(**dict(xscale="log", ylim=(.9, 5.15), yticks=range(1, 6)) | settings); ax.tick_params(labelsize=8); ax.minorticks_off(); sns.despine(ax=ax)
@@ -149,11 +150,11 @@ def plot_shares(both:pd.DataFrame, # from `one_shape`
                 title:str, # what is shown
                ):
     "A stacked bar per model and method: the share of each score."
-    names, left = both.model + both.source.map(dict(ours=" (ours)", paper="")) + ": " + both.method, 0
+    names, left = both.model + both.source.map(dict(ours=" (ours)", paper="")) + ": " + both.method + both.n.map(" (n = {})".format), 0
     fig, ax = plt.subplots(figsize=(7, .24*len(both) + 1.2))
     for share, colour in zip(SHARES, sns.color_palette("cividis", 5)):
         ax.barh(range(len(both)), both[share], left=left, color=colour, label=share[-1], height=.8); left = left + both[share]
-    ax.set(yticks=range(len(both)), yticklabels=names, xlim=(0, 1), xlabel=f"share of the held-out diffs ({n_label(both.n)})", title=title)
+    ax.set(yticks=range(len(both)), yticklabels=names, xlim=(0, 1), xlabel="share of the held-out diffs; our scores are rounded", title=title)
     ax.tick_params(axis="y", labelsize=7); ax.set_ylim(len(both) - .4, -.6); ax.legend(title="score", frameon=False, bbox_to_anchor=(1, 1), loc="upper left"); sns.despine(ax=ax)
     return fig
 
