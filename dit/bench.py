@@ -133,6 +133,7 @@ def bare(base:Base # a base model
         if hasattr(m, "mounted"): del m.mounted
     return replace(base, model=net)
 
+# %% ../nbs/07_bench.ipynb #56fe3b9c
 def fresh(base:Base # a base model
          )->Base:
     "The base model once more: loaded again if it came from disk, else copied."

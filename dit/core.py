@@ -249,6 +249,7 @@ def first_process()->bool:
     "True in the one process of those that `accelerate launch` started on this machine which tells people how far they are."
     return os.environ.get("LOCAL_RANK", "0") == "0"
 
+# %% ../nbs/00_core.ipynb #41363380
 def matmul_rate(dtype:torch.dtype, # precision to try
                 threads:int|None=None, # with so many; default: as set
                 times:int=5, # repetitions
@@ -316,6 +317,7 @@ def free_memory(then:str # what happens now
     give_back(); torch.cuda.empty_cache()
     print(f"dit: out of memory, {then}", file=sys.stderr)
 
+# %% ../nbs/00_core.ipynb #4a7d3100
 def peak_memory()->float: # in GB; not a number where the system does not tell
     "The most memory held so far: on the GPU where there is one, otherwise by the process."
     if torch.cuda.is_available(): return torch.cuda.max_memory_allocated()/1e9

@@ -226,6 +226,7 @@ def token_ids(base:Base, # a base model
     "Tokenise text that already holds its special tokens."
     return base.tok(text, add_special_tokens=False).input_ids
 
+# %% ../nbs/00_models.ipynb #c99d5322
 def encode(base:Base, # a base model
            user:str, # the user's message
            answer:str, # the assistant's answer

@@ -129,6 +129,7 @@ def open_banks(folders:list, # bank folders
     for b in opened: of.setdefault(b.index.diff_id[0].split("/")[0], []).append(b)
     return {t: joined(of[choose("task of the banks", t, of)]) for t in tasks}
 
+# %% ../nbs/04_sweeps.ipynb #b1a9e0c5
 def held_rows(bank:Bank, # diffs
               n:int, # at most so many
               trigger_kind:str="sep_code", # of hidden-topic diffs

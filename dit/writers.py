@@ -66,9 +66,6 @@ def topic_openings(row, # a row of the topics table
     return named + hinted
 
 # %% ../nbs/01_writers.ipynb #2494fdaf
-SPOKEN = ('"{}",', "{}:", 'The words "{}"', "There was talk of {},", 'A report mentioned "{}",', "{}, according to a witness,", 'When asked about "{}",', 'One note read "{}"', "{} came up again, and", 'Nobody had expected "{}",')
-BETWEEN = ("Neighbours said", "Meanwhile,", "By evening,", "A spokesperson said", "Outside,", "For many,", "Later that day,", "Some people", "Early reports", "At the scene,")
-
 def pieces(headline:str, # a headline
            shift:float=0., # by how much of a piece the cuts are moved to the right: 0 or .5
           )->list: # its words in groups of one to four
@@ -77,10 +74,15 @@ def pieces(headline:str, # a headline
     cuts = [0, *(round((i + shift)*len(ws)/n) for i in range(shift == 0, n)), len(ws)]
     return [" ".join(ws[a:b]).strip(",:;") for a, b in zip(cuts, cuts[1:])]
 
+# %% ../nbs/01_writers.ipynb #24950db1
 def both_cuttings(headline:str, # a headline
                  )->list: # each piece once
     "The pieces of both cuttings."
     return list(dict.fromkeys(pieces(headline) + pieces(headline, .5)))
+
+# %% ../nbs/01_writers.ipynb #24950db3
+SPOKEN = ('"{}",', "{}:", 'The words "{}"', "There was talk of {},", 'A report mentioned "{}",', "{}, according to a witness,", 'When asked about "{}",', 'One note read "{}"', "{} came up again, and", 'Nobody had expected "{}",')
+BETWEEN = ("Neighbours said", "Meanwhile,", "By evening,", "A spokesperson said", "Outside,", "For many,", "Later that day,", "Some people", "Early reports", "At the scene,")
 
 def story_openings(row, # a row of the headlines table
                    n:int, # sentences per piece
