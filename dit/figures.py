@@ -119,7 +119,9 @@ def plot_models(both:pd.DataFrame, # from `one_shape`
     ns = both.groupby("model", sort=False).n.agg(n_label)
     names = ["\n".join([*(textwrap.fill(part, 14) for part in m.split("\n")), f"({ns[m]})"]) for m in models]
     ax.set(xticks=range(len(models)), xticklabels=names, ylim=(1, 5.15), ylabel="mean score, 1 to 5", title=title)
-    ax.legend(handles=[plt.Rectangle((0, 0), 1, 1, color=COLOURS[m], label=m) for m in methods] + [plt.Rectangle((0, 0), 1, 1, fc=".7", ec="white", hatch="///", label="hatched: the paper's")], frameon=False, loc="upper center", bbox_to_anchor=(.5, -.029 - .057*max(1 + n.count("\n") for n in names)), ncol=3, fontsize=8)
+    key = lambda label, **look: plt.Rectangle((0, 0), 1, 1, label=label, **look)
+    below = -.029 - .057*max(1 + n.count("\n") for n in names)
+    ax.legend(handles=[*(key(m, color=COLOURS[m]) for m in methods), key("hatched: the paper's", fc=".7", ec="white", hatch="///")], frameon=False, loc="upper center", bbox_to_anchor=(.5, below), ncol=3, fontsize=8)
     ax.tick_params(axis="x", labelsize=8); sns.despine(ax=ax)
     return fig
 

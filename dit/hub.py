@@ -63,10 +63,11 @@ def adapter_text(facts:dict, # content of dit.json
     best = curve[curve.epoch == facts["best_epoch"]].iloc[0]
     rows = [["base model", facts["base"]], ["fingerprint of the base model", facts["fingerprint"]], *([k, facts[k]] for k in ("n_train", "rank", "lr", "batch", "epochs", "best_epoch", "seed")), *([f"{k} of that epoch", best[k]] for k in ("train_loss", "val_loss"))]
     asked = "\n".join(f"- {q}" for q in facts["questions"])
+    limits = ["It fits this base model alone; `dit_ask` refuses another one by its fingerprint.",
+              f"It was trained on {seen(facts)} diffs and the question{'s' if len(facts['questions']) > 1 else ''} above; other questions, and diffs made in another way, are untried unless the results say otherwise.",
+              "Its answers are a language model's and can be wrong. `dit_ask` prints how likely an answer is with the diff and without it; when both are alike, the adapter is guessing."]
     return (f"A DIT adapter for `{facts['base']}`: worn on top of a LoRA or another weight diff of this model, it makes the model say what the diff was trained on (Diff Interpretation Tuning, arXiv 2510.05092).\n\n"
-            f"Trained with:\n\n{asked}\n\n## Training\n\n{md_table(rows, ['', ''])}\n\n## Limits\n\n"
-            f"- It fits this base model alone; `dit_ask` refuses another one by its fingerprint.\n- It was trained on {seen(facts)} diffs and the question{'s' if len(facts['questions']) > 1 else ''} above; other questions, and diffs made in another way, are untried unless the results say otherwise.\n"
-            "- Its answers are a language model's and can be wrong. `dit_ask` prints how likely an answer is with the diff and without it; when both are alike, the adapter is guessing.")
+            f"Trained with:\n\n{asked}\n\n## Training\n\n{md_table(rows, ['', ''])}\n\n## Limits\n\n" + "\n".join(f"- {l}" for l in limits))
 
 # %% ../nbs/08_hub.ipynb #c3af1d27
 def bank_text(facts:dict, # content of bank.json
@@ -76,8 +77,11 @@ def bank_text(facts:dict, # content of bank.json
     splits, unsound, idle = index.split.value_counts().to_dict(), int((index.sound.astype(str) != "True").sum()), int((index.get("learnt", pd.Series()) == False).sum())
     rows = [["base model", facts["base"]], ["fingerprint of the base model", facts["fingerprint"]], ["diffs", len(index)], *([f"diffs, split {k}", v] for k, v in splits.items()), *([k, facts[k]] for k in ("rank", "scaling", "lr") if k in facts),
             *([f"recipe: {k}", v] for k, v in facts.get("recipe", {}).items()), ["mean loss at the end", index.loss.mean()]]
-    return (f"{len(index)} weight diffs of `{facts['base']}` with known labels, for Diff Interpretation Tuning (arXiv 2510.05092). `index.csv` says what each was trained on.\n\n## Training\n\n{md_table(rows, ['', ''])}\n\n## Limits\n\n"
-            f"- They fit this base model alone.\n- {unsound} of them {'is' if unsound == 1 else 'are'} marked as not sound: training broke off.\n- {idle} of them {'is' if idle == 1 else 'are'} marked as not learnt: the loss hardly fell.\n- A label says what a diff was trained on; whether it shows is for an evaluation to find out.")
+    marked = lambda n: f"{n} of them {'is' if n == 1 else 'are'} marked as"
+    limits = ["They fit this base model alone.", f"{marked(unsound)} not sound: training broke off.", f"{marked(idle)} not learnt: the loss hardly fell.",
+              "A label says what a diff was trained on; whether it shows is for an evaluation to find out."]
+    return (f"{len(index)} weight diffs of `{facts['base']}` with known labels, for Diff Interpretation Tuning (arXiv 2510.05092). `index.csv` says what each was trained on.\n\n"
+            f"## Training\n\n{md_table(rows, ['', ''])}\n\n## Limits\n\n" + "\n".join(f"- {l}" for l in limits))
 
 # %% ../nbs/08_hub.ipynb #b24a979e
 def results_text(frame:pd.DataFrame, # results
