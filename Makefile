@@ -103,7 +103,7 @@ reproduce: $(VENV)/.models
 	  if [ "$$made" -nt "$$f" ]; then continue; fi; \
 	  case "$$book" in 03_tune) more=(-p out "$(CURDIR)/$(RUNS)/$$task");; 04_eval|05_full) more=(-p adapter "$(CURDIR)/$(RUNS)/$$task");; *) more=();; esac; \
 	  echo "== $$name ($$(date +%H:%M))"; SECONDS=0; \
-	  $(PAPERMILL) "nbs/$$book.ipynb" "$(RUNS)/part.ipynb" -f "$$f" -p model "$(MODEL)" "$${more[@]}"; \
+	  $(PAPERMILL) "nbs/$$book.ipynb" "$(RUNS)/part.ipynb" -f "$$f" -p model "$(MODEL)" $${more[@]+"$${more[@]}"} || exit 1; \
 	  mv "$(RUNS)/part.ipynb" "$$made"; echo "== $$name: finished after $$SECONDS s"; \
 	done
 

@@ -90,7 +90,7 @@ def differences(tensors, # (name, tensor) pairs of the finetuned model
     known = renamer(params)
     for k, t in tensors:
         n, p = known(str(k)), params.get(known(str(k)))
-        if not torch.is_tensor(t) or t.layout != torch.strided or not t.is_floating_point() or t.element_size() < 2: raise DitError(f"{what} is quantised or holds more than weights ({k}); give the model in bfloat16, float16 or float32.")
+        if not torch.is_tensor(t) or t.is_meta or t.layout != torch.strided or not t.is_floating_point() or t.element_size() < 2: raise DitError(f"{what} is quantised or holds more than weights ({k}); give the model in bfloat16, float16 or float32.")
         if p is not None and p.shape != t.shape and n.removesuffix(".weight") in layers: raise DitError(f"{what} was made for another base model: {k} is {tuple(t.shape)}, {base.name!r} has {tuple(p.shape)}.")
         if p is None or p.shape != t.shape: skipped.append(k); continue
         if id(p) in seen: continue
@@ -130,6 +130,7 @@ def from_full(tensors, # (name, tensor) pairs of the finetuned model, one at a t
         d = d.T if isinstance(layers[name], Conv1D) else d
         a, b = factors(d, rank)
         A[name], B[name], lost = a.cpu().contiguous(), b.cpu().contiguous(), lost + (d - b @ a).square().sum().item()
+    if beside := [k for k in skipped if ".lora_" in k]: raise DitError(f"{what} is a PEFT model with its adapter beside the weights ({beside[0]}); save the adapter alone with `save_pretrained`, or merge it first.")
     if not A: raise DitError(f"{what} does not differ from the base model {base.name!r} in any linear layer; there is nothing to ask about.")
     if body > own: raise DitError(f"{what} was made for another base model: it differs from {base.name!r} by more than the weights themselves.")
     whole = body + ignored.total()
@@ -329,7 +330,7 @@ def ask(diff:str, # folder, file, hub id; with #row where there are many
        )->dict:
     "Ask any diff of any base model."
     choose("task", task, TASKS)
-    if min(samples, rank, scale or 0) < 0: raise DitError("samples, rank and scale cannot be negative.")
+    if not all(0 <= v < 1e6 for v in (samples, rank, scale or 0)): raise DitError("samples, rank and scale must be numbers from 0 up.")
     base = base if isinstance(base, Base) else load_base(base)
     bank, facts = open_diff(diff, base, rank)
     if facts.get("made_for") == base.model.name_or_path: facts["made_for"] = base.name

@@ -139,7 +139,7 @@ def fresh(base:Base # a base model
     "The base model once more: loaded again if it came from disk, else copied."
     path = base.model.config._name_or_path
     net = AutoModelForCausalLM.from_pretrained(path, dtype=base.dtype).to(base.device) if path else copy.deepcopy(bare(base).model)
-    return make_base(net, base.tok, base.name)
+    return replace(base, model=net.requires_grad_(False).eval()) # without `make_base`, whose checks are ours
 
 def start(base:Base, # a base model
           tasks:list, # `DiffTask`s
@@ -555,7 +555,8 @@ def asking_table(bases:dict, # precision -> base model
                  max_new:int, # tokens of an answer
                  repeats:int, # rounds that count
                 )->pd.DataFrame:
-    "Time the asking of diffs."
+    "Time the asking of diffs; what is done once is told from what each diff costs."
+    few = min(asked, max(3, few)) # the first diff bears the set-up
     base, user = bases["float32"], TASKS["hidden_topic"]; bank, adapter = random_bank(base, asked, rank, .2), random_bank(base, 1, 16, .05, seed=1)
     with tempfile.TemporaryDirectory() as d:
         folder = Path(d); to_peft(adapter, 0, folder/"adapter", base)
@@ -567,7 +568,8 @@ def asking_table(bases:dict, # precision -> base model
     def line(k, p):
         got, n = runs[k, "float32"][-1], asked if k == "ours" else few
         why = want["error"] or got["error"] or ("" if got["out"][:few] == want["out"] else "its answers differ")
-        return row(k, p, runs[k, p], lambda r: r["seconds"]/n, f"diffs: {n}, tokens: at most {max_new}", why)
+        each, more = (lambda r: r["seconds"]/n, {}) if k == "ours" else (lambda r: pace(r, 1)[1], {} if why else {"set-up s": float(np.median([pace(r, 1)[0] for r in runs[k, p][1:]]))})
+        return row(k, p, runs[k, p], each, f"diffs: {n}, tokens: at most {max_new}", why, **more)
     return table([line(*k) for k in runs], "PEFT, one by one")
 
 # %% ../nbs/07_bench.ipynb #438d7caf

@@ -321,6 +321,8 @@ def free_memory(then:str # what happens now
 def peak_memory()->float: # in GB; not a number where the system does not tell
     "The most memory held so far: on the GPU where there is one, otherwise by the process."
     if torch.cuda.is_available(): return torch.cuda.max_memory_allocated()/1e9
+    with contextlib.suppress(OSError, StopIteration): # Linux; its getrusage hands on the parent's peak
+        return next(int(l.split()[1]) for l in Path("/proc/self/status").read_text().splitlines() if l.startswith("VmHWM"))*1024/1e9
     try: import resource
     except ImportError: return math.nan
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss*(1 if sys.platform == "darwin" else 1024)/1e9

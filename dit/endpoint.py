@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Lines', 'said', 'read_call', 'read_reply', 'local_server', 'Lost', 'shown_address', 'Endpoint', 'count_tokens',
-           'complaint']
+           'tokens_of', 'complaint']
 
 # %% ../nbs/00_endpoint.ipynb #78a900f6
 import contextlib, http.server, json, math, os, re, sys, threading
@@ -86,7 +86,7 @@ class Lost(DitError): "A reply that did not arrive; the next run asks for it aga
 def shown_address(url:str, # address of an endpoint
                  )->str: # the same without a user name, password or query
     "The part of an address that may be shown; raises `DitError` when it is no URL."
-    try: u = urlsplit(url); good = u.scheme in ("http", "https") and u.hostname and u.port != 0
+    try: u = urlsplit(url); good = u.scheme in ("http", "https") and u.hostname and u.port != 0 and not re.search(r"[\x00-\x20\x7f]", url)
     except ValueError: good = False # a port or a bracket that is none
     if not good: raise DitError("the address of the endpoint is no URL; pass `base_url` or set OPENAI_BASE_URL to something like http://127.0.0.1:8000/v1.")
     return f"{u.scheme}://{u.hostname}{f':{u.port}' if u.port else ''}{u.path}".rstrip("/")
@@ -106,6 +106,7 @@ class Endpoint:
                 ):
         self.model, self.cache, self.parallel, self.max_tokens = model or os.environ.get("DIT_MODEL"), Lines(cache), parallel, max_tokens
         self.price, self.budget, self.max_requests = price, budget, max_requests
+        positive(parallel=parallel, max_tokens=max_tokens)
         if not self.model: raise DitError("no model is named for the endpoint; pass `model` or set DIT_MODEL.")
         if budget < math.inf and not any(price): raise DitError("a budget needs prices; pass `price`, per million tokens in and out.")
         if given := base_url or os.environ.get("OPENAI_BASE_URL"): shown_address(given)
@@ -197,6 +198,15 @@ def learn(self:Endpoint, error:openai.APIStatusError, # what the endpoint sent
     if new: print(f"dit: {self.model} does not take this `{names[0]}`; asking without it\n", end="", flush=True)
     return True
 
+# %% ../nbs/00_endpoint.ipynb #c4e1d701
+def tokens_of(completion, # a chat completion
+              request:dict, # what was asked
+              message:dict, # what was said
+             )->tuple: # (tokens in, tokens out)
+    "What the server says it counted; a count that is missing or no number is estimated."
+    told = [getattr(completion.usage, k, None) for k in ("prompt_tokens", "completion_tokens")]
+    return tuple(t if isinstance(t, (int, float)) and 0 <= t < math.inf else guess for t, guess in zip(told, (count_tokens(request), len(json.dumps(message))//4)))
+
 # %% ../nbs/00_endpoint.ipynb #ad9c00b8
 def complaint(error:openai.APIStatusError, # what the endpoint sent
               key:str, # that must not be shown
@@ -211,8 +221,8 @@ def send(self:Endpoint, request:dict)->tuple: # message, (tokens in, tokens out)
     kept, kind, body = f"then run again: the {len(self.cache.data)} replies so far are kept.", Lost, self.accepted(request)
     try:
         done = self.client.chat.completions.create(**body)
-        message, used = read_reply(done), done.usage
-        return message, (used.prompt_tokens, used.completion_tokens) if used else (count_tokens(request), len(json.dumps(message))//4)
+        message = read_reply(done)
+        return message, tokens_of(done, request, message)
     except openai.APIConnectionError: problem = f"the endpoint {self.where} does not answer; check the address and that the server runs, {kept}"
     except openai.APIStatusError as e:
         if e.status_code == 400 and self.learn(e, body): return self.send(request)

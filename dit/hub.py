@@ -116,7 +116,7 @@ def card(folder, # of an adapter or a bank
     name, base = repo_id.split("/")[-1], facts["base"]
     data = ModelCardData(base_model=base if "/" in base else None, library_name="peft", tags=["lora", "diff-interpretation-tuning"], model_name=name, eval_results=evals(*found) if found else None)
     use = f"dit_ask {'' if base == OURS else f'--base {base} ' if '/' in base else f'--base FOLDER_OF_{base} '}--diff {f'YOUR_LORA --adapter {repo_id}' if kind == 'adapter' else f'{repo_id}#0'}"
-    body = adapter_text(facts, pd.read_csv(Path(folder)/"curve.csv")) if kind == "adapter" else bank_text(facts, read_index(folder))
+    with reading(Path(folder)/"curve.csv"): body = adapter_text(facts, pd.read_csv(Path(folder)/"curve.csv")) if kind == "adapter" else bank_text(facts, read_index(folder))
     if kind == "adapter": body += results_text(*found) if found else "\n\n## Results\n\nNone were given with this adapter."
     return ModelCard(f"---\n{data.to_yaml()}\n---\n\n# {name}\n\n{body}\n\n## Use\n\n```\n{use}\n```\n\n## Provenance\n\n{md_table(origin_of(facts['provenance']), ['the ' + kind, ''])}\n")
 
@@ -139,7 +139,7 @@ def push(folder, # of an adapter or a bank
     try:
         api.create_repo(repo_id, private=private, exist_ok=True)
         done = api.upload_folder(repo_id=repo_id, folder_path=folder, allow_patterns=files, commit_message=f"Upload a {kind}")
-    except (HTTPError, OSError, ValueError) as e: raise DitError(f"{repo_id} could not be uploaded: {str(e).splitlines()[0]} Check the name, the network and `hf auth login`; the card is in {folder}/README.md.") from e
+    except (HTTPError, OSError, ValueError) as e: raise DitError(f"{repo_id} could not be uploaded: {(str(e).splitlines() or [type(e).__name__])[0]} Check the name, the network and `hf auth login`; the card is in {folder}/README.md.") from e
     return dict(repo=repo_id, files=files, url=done.commit_url)
 
 # %% ../nbs/08_hub.ipynb #4094fd21

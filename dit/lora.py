@@ -354,7 +354,7 @@ def check_fit(A:dict, B:dict, # module name -> [..., r, in] and [..., out, r]
         if n not in layers and (n in others or "experts" in n.split(".")): raise DitError(f"{what} changes {n}, and only linear layers of the body carry a diff, not fused experts, routers, embeddings or the output head; train it without them.")
         if n not in layers: raise DitError(f"{what} was made for another base model: {base.name!r} has no linear layer {n!r}.")
         m, a, b = layers[n], A[n], B[n]
-        if not all(torch.is_tensor(t) and t.layout == torch.strided and t.is_floating_point() and t.element_size() > 1 for t in (a, b)): raise DitError(f"{what} holds something else than weights in {n}; give it in bfloat16, float16 or float32.")
+        if not all(torch.is_tensor(t) and not t.is_meta and t.layout == torch.strided and t.is_floating_point() and t.element_size() > 1 for t in (a, b)): raise DitError(f"{what} holds something else than weights in {n}; give it in bfloat16, float16 or float32.")
         if not a.dim() == b.dim() in (2, 3) or a.shape[:-2] != b.shape[:-2]: raise DitError(f"{what} is damaged: in {n}, A {tuple(a.shape)} and B {tuple(b.shape)} are no pair of matrices.")
         if a.shape[-1] != m.in_features or b.shape[-2] != m.out_features or a.shape[-2] != b.shape[-1]:
             raise DitError(f"{what} was made for another base model: {n} has A {tuple(a.shape)} and B {tuple(b.shape)}, {base.name!r} needs {m.in_features} in and {m.out_features} out.")

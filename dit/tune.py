@@ -40,6 +40,7 @@ class Adapter(torch.nn.Module):
         super().__init__()
         self.lora, self.frozen = FlatLora(base, [seed_of("adapter", seed)], rank, 1/math.sqrt(rank)), [base]
         if start and start.rank != rank: raise DitError(f"the adapter to go on from has rank {start.rank}, not {rank}; give its rank.")
+        if lacks := [n for n in self.lora.shapes if start and n not in start.A]: raise DitError(f"the adapter to go on from has nothing for {lacks[0]}; give one over all linear layers.")
         if start: self.lora.copy_from(start)
 
     def forward(self, diffs:dict, # `bank.rows(...)` of the batch
@@ -98,7 +99,7 @@ def load_state(path:Path, # checkpoint
     again = "delete it, and the run begins again"; s = read_pt(path, again)
     with reading(path, again): was, curve = dict(s["facts"]), pd.DataFrame(s["curve"])[["epoch", "train_loss", "val_loss"]].astype(float).astype(dict(epoch=int))
     for k in [*facts, *was]:
-        if was.get(k) != facts.get(k): raise DitError(f"the run in the folder {path.parent} was begun with {k}={was.get(k)!r}, not {facts.get(k)!r}; use the old value, or another folder for a new run.")
+        if was.get(k) != facts.get(k): raise DitError(f"the run in the folder {path.parent} was begun with {k}={was.get(k)!r}, not {facts.get(k)!r}; use the old value, or delete this folder or give another one for a new run.")
     with reading(path, again):
         adapter.load_state_dict(s["adapter"]); opt.load_state_dict(s["opt"]); sched.load_state_dict(s["sched"])
         if not adapter.lora.p.isfinite().all() or not 0 < len(curve) <= facts["epochs"]: raise ValueError("it holds no weights of this run")
@@ -202,6 +203,7 @@ def fit(acc:Accelerator, # devices and processes
     opt, steps = torch.optim.AdamW(adapter.parameters(), lr=facts["lr"], fused=True), len(batches(sets, *batch))*facts["epochs"]
     sched = torch.optim.lr_scheduler.LambdaLR(opt, lambda t: schedule(min(t, steps - 1), steps))
     curve = load_state(folder/"checkpoint.pt", adapter, opt, sched, facts)
+    if curve.empty and acc.is_main_process: (folder/"dit.json").unlink(missing_ok=True) # of an earlier run, whose checkpoint was deleted
     net, opt = acc.prepare(adapter, opt)
     for epoch in tqdm(range(len(curve), facts["epochs"]), desc="training the adapter", unit="epoch", disable=not acc.is_main_process):
         loss = dict(train_loss=train_epoch(acc, net, opt, sched, sets, batches(sets, *batch, facts["seed"], epoch), clip), val_loss=mean_loss(adapter, val_sets, facts["batch"]))
@@ -235,7 +237,9 @@ def train_adapter(base:Base, # the base model
     with hold(folder) if acc.is_main_process else contextlib.nullcontext(), stoppable(f"the finished epochs are in {folder}; run the same again to go on."):
         acc.init_trackers("dit", {k: v if isinstance(v, (int, float, str)) else str(v) for k, v in facts.items()})
         best = fit(acc, adapter, *([(b, examples(base, b, q)) for q, b in bs.items()] for bs in (banks, val_banks)), folder, facts, clip)
-        if acc.is_main_process: say_peak("training the adapter"); write_json(folder/"dit.json", facts | dict(best_epoch=best, diff_norm=torch.cat([norms(b) for b in banks.values()]).mean().item(), provenance=provenance(**facts)))
+        if acc.is_main_process and not (folder/"dit.json").exists(): # else it was finished before, and what is known of it stays
+            say_peak("training the adapter")
+            write_json(folder/"dit.json", facts | dict(best_epoch=best, diff_norm=torch.cat([norms(b) for b in banks.values()]).mean().item(), provenance=provenance(**facts)))
     for tracker in acc.trackers: tracker.finish()
     acc.wait_for_everyone()
     return from_peft(folder, base)

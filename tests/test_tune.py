@@ -127,8 +127,12 @@ def test_finished_run_is_not_trained_again(tiny, tmp_path, monkeypatch):
     bank, val, one = named(tiny, 3, 'fern', 1), named(tiny, 2, 'moss', 2), dict(rank=2, batch=3, epochs=2)
     first = train_adapter(tiny, {'What?': bank}, {'What?': val}, tmp_path, **one)
     monkeypatch.setattr(T, 'train_epoch', lambda *a: pytest.fail('trained again'))
+    when = (tmp_path/'dit.json').stat().st_mtime_ns
     again = train_adapter(tiny, {'What?': bank}, {'What?': val}, tmp_path, **one)
-    assert all(torch.equal(first.A[n], again.A[n]) for n in first.A)
+    assert all(torch.equal(first.A[n], again.A[n]) for n in first.A) and (tmp_path/'dit.json').stat().st_mtime_ns == when, 'what is known of its training stays'
+    monkeypatch.undo(); (tmp_path/'checkpoint.pt').unlink()
+    train_adapter(tiny, {'What?': bank}, {'What?': val}, tmp_path, **one)
+    assert (tmp_path/'dit.json').stat().st_mtime_ns > when, 'trained anew'
 
 def test_diffs_that_were_trained_again_make_another_adapter(tiny, tmp_path):
     "The same labels under new ids, as after a correction of somebody's table"
