@@ -105,8 +105,7 @@ class Endpoint:
                  max_requests:float=math.inf, # most requests
                 ):
         self.model, self.cache, self.parallel, self.max_tokens = model or os.environ.get("DIT_MODEL"), Lines(cache), parallel, max_tokens
-        self.price, self.budget, self.max_requests = price, budget, max_requests
-        positive(parallel=parallel, max_tokens=max_tokens)
+        self.price, self.budget, self.max_requests = price, budget, max_requests; positive(parallel=parallel, max_tokens=max_tokens)
         if not self.model: raise DitError("no model is named for the endpoint; pass `model` or set DIT_MODEL.")
         if budget < math.inf and not any(price): raise DitError("a budget needs prices; pass `price`, per million tokens in and out.")
         if given := base_url or os.environ.get("OPENAI_BASE_URL"): shown_address(given)

@@ -96,6 +96,7 @@ def convert_gguf(file:Path, # .gguf, with whatever else belongs to the model bes
         with contextlib.suppress(OSError): os.replace(Path(tmp)/"out", out)
     return out
 
+# %% ../nbs/00_models.ipynb #9eb2de80
 def resolve(model:str|None, # hub id, folder, or None for the embedded base model
            )->str: # something `from_pretrained` takes
     "Turn what the user gave into a folder or hub id; GGUF folders are converted on the way."

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['examples', 'Adapter', 'mean_loss', 'batches', 'weakened', 'load_state', 'save_state', 'label_hash', 'history', 'seen',
-           'accelerator', 'run_facts', 'backward_part', 'train_epoch', 'fit', 'train_adapter', 'packaged_adapter',
-           'by_split', 'tune_cli']
+           'accelerator', 'run_facts', 'backward_part', 'train_epoch', 'fit', 'keep_facts', 'train_adapter',
+           'packaged_adapter', 'by_split', 'tune_cli']
 
 # %% ../nbs/03_tune.ipynb #3e166b2e
 import contextlib, io, json, math
@@ -214,6 +214,18 @@ def fit(acc:Accelerator, # devices and processes
         write_csv(folder/"curve.csv", curve); save_state(folder/"checkpoint.pt", adapter, opt, sched, curve, facts) # the checkpoint last: an epoch that it holds is not done again
     return int(curve.val_loss.idxmin()) + 1
 
+# %% ../nbs/03_tune.ipynb #a30751ef
+def keep_facts(folder:Path, # of a finished adapter
+               facts:dict, # from `run_facts`
+               best:int, # the best epoch
+               banks:dict, # question -> bank of training diffs
+              ):
+    "Write dit.json; what it says of an adapter that was finished before stays."
+    if (folder/"dit.json").exists(): return
+    size = torch.cat([norms(b) for b in banks.values()]).mean().item()
+    write_json(folder/"dit.json", facts | dict(best_epoch=best, diff_norm=size, provenance=provenance(**facts)))
+    say_peak("training the adapter")
+
 # %% ../nbs/03_tune.ipynb #a30752ef
 def train_adapter(base:Base, # the base model
                   banks:dict, # question -> bank of training diffs
@@ -230,16 +242,13 @@ def train_adapter(base:Base, # the base model
                   log_with=None, # tensorboard, wandb or another tracker that accelerate knows
                  )->Bank: # the adapter, as a bank with one row
     "Train a DIT adapter (paper, section 3 and B.5); safe to stop and start again. Of several processes the main one writes."
-    positive(rank=rank, lr=lr, batch=batch, epochs=epochs)
-    banks, val_banks = ({q: sound_diffs(b) for q, b in bs.items()} for bs in (banks, val_banks))
+    positive(rank=rank, lr=lr, batch=batch, epochs=epochs); banks, val_banks = ({q: sound_diffs(b) for q, b in bs.items()} for bs in (banks, val_banks))
     facts = run_facts(base, banks, val_banks, start, rank=rank, lr=lr, batch=batch, epochs=epochs, clip=clip, seed=seed, scales=list(scales))
     folder, adapter, acc = Path(folder), Adapter(base, rank, seed, start and from_peft(start, base)), accelerator(base, folder, log_with)
     with hold(folder) if acc.is_main_process else contextlib.nullcontext(), stoppable(f"the finished epochs are in {folder}; run the same again to go on."):
         acc.init_trackers("dit", {k: v if isinstance(v, (int, float, str)) else str(v) for k, v in facts.items()})
         best = fit(acc, adapter, *([(b, examples(base, b, q)) for q, b in bs.items()] for bs in (banks, val_banks)), folder, facts, clip)
-        if acc.is_main_process and not (folder/"dit.json").exists(): # else it was finished before, and what is known of it stays
-            say_peak("training the adapter")
-            write_json(folder/"dit.json", facts | dict(best_epoch=best, diff_norm=torch.cat([norms(b) for b in banks.values()]).mean().item(), provenance=provenance(**facts)))
+        if acc.is_main_process: keep_facts(folder, facts, best, banks)
     for tracker in acc.trackers: tracker.finish()
     acc.wait_for_everyone()
     return from_peft(folder, base)
