@@ -551,7 +551,7 @@ def ask_peft(base:Base, folder:Path, n:int, user:str, max_new:int, tell)->list:
 def asking_table(bases:dict, # precision -> base model
                  rank:int, # of the diffs
                  asked:int, # diffs that ours asks at once
-                 few:int, # diffs that the others ask
+                 few:int, # diffs that the others ask, three or more
                  max_new:int, # tokens of an answer
                  repeats:int, # rounds that count
                 )->pd.DataFrame:

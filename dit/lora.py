@@ -417,7 +417,7 @@ def read_index(folder)->pd.DataFrame:
 # %% ../nbs/02_lora.ipynb #73f6a904
 def stored_dtype(path)->torch.dtype: # a shard
     "The precision of a shard's tensors."
-    with safe_open(path, "pt") as f: return f.get_tensor(next(iter(f.keys()))).dtype
+    with safe_open(path, "pt") as f: return KINDS[f.get_slice(next(iter(f.keys()))).get_dtype()]
 
 def save_shard(folder, # bank folder
                bank:Bank, # the diffs of one shard

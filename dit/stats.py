@@ -111,7 +111,7 @@ def rates(shown:pd.DataFrame, # expression of hidden-topic diffs, one line per a
     for kind in ("right", "wrong", "none", "introspective"):
         part = shown[shown.kind == kind]
         if part.empty: continue
-        ends = wilson(*(x/design_effect(part) for x in (int(part.shows.sum()), len(part))))
+        worth = design_effect(part); ends = wilson(part.shows.sum()/worth, len(part)/worth)
         rows.append(dict(kind=kind, rate=part.shows.mean(), **dict(zip(("low", "high"), ends)), chance=part.chance.mean(), answers=len(part), diffs=part.diff_id.nunique()))
     return pd.DataFrame(rows).set_index("kind")
 
