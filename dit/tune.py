@@ -205,13 +205,14 @@ def fit(acc:Accelerator, # devices and processes
     curve = load_state(folder/"checkpoint.pt", adapter, opt, sched, facts)
     if curve.empty and acc.is_main_process: (folder/"dit.json").unlink(missing_ok=True) # of an earlier run, whose checkpoint was deleted
     net, opt = acc.prepare(adapter, opt)
-    for epoch in tqdm(range(len(curve), facts["epochs"]), desc="training the adapter", unit="epoch", disable=not acc.is_main_process):
-        loss = dict(train_loss=train_epoch(acc, net, opt, sched, sets, batches(sets, *batch, facts["seed"], epoch), clip), val_loss=mean_loss(adapter, val_sets, facts["batch"]))
-        if not (all(map(math.isfinite, loss.values())) and adapter.lora.p.isfinite().all()): raise DitError(f"the adapter's loss is not a number in epoch {epoch + 1}; lower `lr` (now {facts['lr']}) and start again in an empty folder.")
-        curve = pd.DataFrame([*curve.to_dict("records"), dict(epoch=epoch + 1) | loss]); acc.log(loss, step=epoch + 1)
-        if not acc.is_main_process: continue
-        if loss["val_loss"] <= curve.val_loss.min(): to_peft(adapter.lora.bank(pd.DataFrame(dict(diff_id=["adapter"], label=[""])), torch.bfloat16), 0, folder, base)
-        write_csv(folder/"curve.csv", curve); save_state(folder/"checkpoint.pt", adapter, opt, sched, curve, facts) # the checkpoint last: an epoch that it holds is not done again
+    with compiled(base, steps - steps//facts["epochs"]*len(curve), facts["batch"]):
+        for epoch in tqdm(range(len(curve), facts["epochs"]), desc="training the adapter", unit="epoch", disable=not acc.is_main_process):
+            loss = dict(train_loss=train_epoch(acc, net, opt, sched, sets, batches(sets, *batch, facts["seed"], epoch), clip), val_loss=mean_loss(adapter, val_sets, facts["batch"]))
+            if not (all(map(math.isfinite, loss.values())) and adapter.lora.p.isfinite().all()): raise DitError(f"the adapter's loss is not a number in epoch {epoch + 1}; lower `lr` (now {facts['lr']}) and start again in an empty folder.")
+            curve = pd.DataFrame([*curve.to_dict("records"), dict(epoch=epoch + 1) | loss]); acc.log(loss, step=epoch + 1)
+            if not acc.is_main_process: continue
+            if loss["val_loss"] <= curve.val_loss.min(): to_peft(adapter.lora.bank(pd.DataFrame(dict(diff_id=["adapter"], label=[""])), torch.bfloat16), 0, folder, base)
+            write_csv(folder/"curve.csv", curve); save_state(folder/"checkpoint.pt", adapter, opt, sched, curve, facts) # the checkpoint last: an epoch that it holds is not done again
     return int(curve.val_loss.idxmin()) + 1
 
 # %% ../nbs/03_tune.ipynb #a30751ef
@@ -289,13 +290,12 @@ def tune_cli(bank:str, # bank folder, as from `dit_diffs`
              start:str=None, # PEFT folder of an adapter of the same rank to go on from
              log_with:str=None, # tensorboard, wandb or another tracker that accelerate knows
              dtype:str=None, # float32, bfloat16 or float16 (default: what is fast on the device)
-             compile:bool=False, # compile the layers, where that is faster: for long runs
             ):
     "Train a DIT adapter on the train rows of a bank; its val rows choose the epoch."
     out = out or Path(bank).parent/"adapter"
     with command("dit_tune"):
         asked, base = question or TASKS[choose("task", task, TASKS)], load_base(base, dtype=dtype)
         if not question and (others := {t for t in TASKS if t != task and read_index(bank).diff_id.str.startswith(f"{t}/").any()}): raise DitError(f"the bank {bank} holds diffs of the task {others.pop()}, and {task} would ask them its own question; give --task, or a --question of your own.")
-        with compiled(base) if compile else contextlib.nullcontext(): train_adapter(base, *by_split(load_bank(bank, base), asked), out, rank=rank, lr=lr, batch=batch, epochs=epochs, seed=seed, start=start, log_with=log_with)
+        train_adapter(base, *by_split(load_bank(bank, base), asked), out, rank=rank, lr=lr, batch=batch, epochs=epochs, seed=seed, start=start, log_with=log_with)
     if PartialState().is_main_process: print(pd.read_csv(Path(out)/"curve.csv").round(3).to_string(index=False), f"\nthe adapter is in {out}")
     PartialState().destroy_process_group()

@@ -378,8 +378,21 @@ def test_compiling_changes_no_diff_and_leaves_nothing_behind(tiny, monkeypatch, 
         return compiler(f)
     want = train_batch(tiny, toy_tasks(2), rank=2)
     monkeypatch.setattr(torch, 'compile', use)
-    with compiled(tiny) as used:
+    with compiled(tiny, 10**6) as used:
         got = train_batch(tiny, toy_tasks(2), rank=2)
         assert used == all('forward' in layer.__dict__ for layer in layers_of(tiny)) and not (used and isinstance(compiler, Exception))
     assert all(torch.equal(got.B[n], want.B[n]) for n in want.B) and not any('forward' in layer.__dict__ for layer in layers_of(tiny))
     assert capsys.readouterr().err.count('compiled layers') == 1
+
+def test_a_long_run_is_compiled_and_a_short_one_left_as_it_is(tiny, monkeypatch, tmp_path):
+    "Steps times batches decide: 26 diffs of 8 steps, two at once, are 104 passes"
+    made, asked, normal, passes = [], [], D.compile_layers, D.pass_seconds
+    monkeypatch.setattr(torch, 'compile', lambda f, **kwargs: f)
+    monkeypatch.setattr(D, 'compile_layers', lambda base: made.append(base) or normal(base))
+    monkeypatch.setattr(D, 'pass_seconds', lambda *args: asked.append(args[1:]) or passes(*args))
+    rest = lambda n, rank, folder: train_diffs(tiny, toy_tasks(n, steps=8), tmp_path/folder, rank=rank, batch=2)
+    rest(26, 1, 'short'); assert asked == [(2, 1)] and not made, 'long enough to be timed, too short to be compiled'
+    monkeypatch.setattr(D, 'LONG', 1e-9)
+    rest(26, 3, 'long'); assert asked[1:] == [(2, 3)]*2 and made == [tiny]
+    rest(26, 3, 'long'); assert len(made) == 1, 'nothing is compiled for a run that is done'
+    assert not any('forward' in layer.__dict__ for layer in layers_of(tiny))
