@@ -334,7 +334,7 @@ def compiled(base:Base, # a base model
     print(f"dit: compiled layers: {why}", file=sys.stderr)
     if gain <= 1: undo()
     try: yield gain > 1
-    finally: undo()
+    finally: undo(); torch.compiler.reset() # a layer may have eight graphs: none is left to what is trained next
 
 # %% ../nbs/02_diffs.ipynb #4a01333b
 def check_tasks(tasks:list): # `DiffTask`s

@@ -30,8 +30,10 @@ def low_rank(x:torch.Tensor, # [n*rows, ..., in], diff-major
              B:torch.Tensor, # [n, out, r], already scaled
             )->torch.Tensor: # y + x A^T B^T, the diff of each row's own
     "Add a low-rank term that differs from diff to diff (paper, B.2)."
-    n = A.shape[0]
+    n, r, _ = A.shape
+    if n == 1: return y + x @ A[0].mT @ B[0].mT
     xs, ys = x.reshape(n, -1, x.shape[-1]), y.reshape(n, -1, y.shape[-1])
+    if r == 1: return torch.addcmul(ys, (xs*A).sum(-1, keepdim=True), B.mT).view(y.shape)
     return torch.baddbmm(ys, torch.bmm(xs, A.mT), B.mT).view(y.shape)
 
 # %% ../nbs/02_lora.ipynb #31f1003c
