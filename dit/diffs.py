@@ -329,6 +329,7 @@ def compiled(base:Base, # a base model
     "Train a long run with compiled layers, unless that fails or is not faster on this machine; says which."
     plain, undo = pass_seconds(base, *sizes) if passes > 100 else 0., lambda: [layer.__dict__.pop("forward", None) for layer in layers_of(base)]
     if plain*passes < LONG: yield False; return
+    print("dit: a long run, so its layers are compiled first, about a minute", file=sys.stderr)
     try: compile_layers(base); gain = plain/pass_seconds(base, *sizes); why = f"{gain:.2f} times as fast" if gain > 1 else "not used, it is not faster here"
     except Exception as e: gain, why = 0, f"not used, it failed ({type(e).__name__}: {(str(e).splitlines() or [''])[0][:100]})"
     print(f"dit: compiled layers: {why}", file=sys.stderr)
