@@ -425,8 +425,9 @@ def train_rest(base:Base, # the base model
     "Train shard by shard, beside other processes that do the same."
     if todo and base.dtype == probe(base.device)[0]: print(f"dit: {probe(base.device)[2]}", file=sys.stderr)
     whole, waiting, steps = len(todo), False, len(todo[0].steps) if todo else 0
+    passes = steps*math.ceil(whole/batch) if base.dtype == torch.float32 else 0 # of those that may be compiled
     kept, teacher, claims = f"the finished diffs are in {folder}; run the same again to go on.", Teacher(base), Claims(folder)
-    with stoppable(kept), claims, compiled(base, steps*math.ceil(whole/batch), batch, rank), tqdm(total=len(todo)*steps, desc="training diffs", unit="step", miniters=0, disable=not (todo and first_process())) as bar:
+    with stoppable(kept), claims, compiled(base, passes, batch, rank), tqdm(total=len(todo)*steps, desc="training diffs", unit="step", miniters=0, disable=not (todo and first_process())) as bar:
         tell = rate_on(bar)
         while todo:
             try:
