@@ -38,7 +38,7 @@ help:
 	@echo 'make demo       train fresh weight diffs, ask the DIT adapter what each one hides, draw figures/demo.png (minutes, no GPU)'
 	@echo 'make figures    redraw every figure from results/ (no training)'
 	@echo 'make reproduce  say how long it will take, then train and evaluate whatever nbs/configs/ names and is not there yet (stop and start it as you like)'
-	@echo 'make bench      time training and asking beside what one would run instead, on this machine (about twenty minutes on two idle cores)'
+	@echo 'make bench      time training and asking beside what one would run instead, on this machine (about twenty-five minutes on two idle cores)'
 	@echo 'make test       check that notebooks are clean and dit/ is in sync, run every notebook and every test'
 	@echo 'make soak       the long tests: 20 kills in every stage, a fault at every operation on files, 2,000 diffs, a bank of 100,000 rows'
 	@echo 'make licences   write results/licences.csv: the licence of every package that is installed'

@@ -1,5 +1,5 @@
 "Batched training: every diff as if it were alone, and a bank that survives being killed"
-import time
+import contextlib, time
 from pathlib import Path
 
 import pandas as pd, pytest, torch, transformers
@@ -396,3 +396,10 @@ def test_a_long_run_is_compiled_and_a_short_one_left_as_it_is(tiny, monkeypatch,
     rest(26, 3, 'long'); assert asked[1:] == [(2, 3)]*2 and made == [tiny]
     rest(26, 3, 'long'); assert len(made) == 1, 'nothing is compiled for a run that is done'
     assert not any('forward' in layer.__dict__ for layer in layers_of(tiny))
+
+def test_only_float32_diffs_are_compiled(tiny, monkeypatch, tmp_path):
+    "In bfloat16 the bench refuses them"
+    half, passes = tiny_base(), []; half.model.to(torch.bfloat16)
+    monkeypatch.setattr(D, 'compiled', lambda base, n, *sizes: passes.append(n) or contextlib.nullcontext())
+    for k, b in enumerate((tiny, half)): train_diffs(b, toy_tasks(2, steps=2), tmp_path/str(k), batch=1)
+    assert passes == [4, 0]
