@@ -301,7 +301,7 @@ def compile_layers(base:Base): # a base model with hooks, to be changed
     "Compile the layers of a base model for passes with gradients, whatever number of diffs and rank they wear."
     torch._dynamo.config.force_nn_module_property_static_shapes = False # or each size of what is mounted would be compiled for itself
     for layer in layers_of(base):
-        plain = layer.forward; fast = torch.compile(plain, dynamic=True)
+        plain = layer.forward; fast = torch.compile(plain, dynamic=True, options={"emulate_precision_casts": True}) # rounded where the plain layer rounds
         layer.forward = lambda *args, plain=plain, fast=fast, **kwargs: (fast if torch.is_grad_enabled() else plain)(*args, **kwargs)
 
 def pass_seconds(base:Base, # a base model
@@ -425,9 +425,8 @@ def train_rest(base:Base, # the base model
     "Train shard by shard, beside other processes that do the same."
     if todo and base.dtype == probe(base.device)[0]: print(f"dit: {probe(base.device)[2]}", file=sys.stderr)
     whole, waiting, steps = len(todo), False, len(todo[0].steps) if todo else 0
-    passes = steps*math.ceil(whole/batch) if base.dtype == torch.float32 else 0 # of those that may be compiled
     kept, teacher, claims = f"the finished diffs are in {folder}; run the same again to go on.", Teacher(base), Claims(folder)
-    with stoppable(kept), claims, compiled(base, passes, batch, rank), tqdm(total=len(todo)*steps, desc="training diffs", unit="step", miniters=0, disable=not (todo and first_process())) as bar:
+    with stoppable(kept), claims, compiled(base, steps*math.ceil(whole/batch), batch, rank), tqdm(total=len(todo)*steps, desc="training diffs", unit="step", miniters=0, disable=not (todo and first_process())) as bar:
         tell = rate_on(bar)
         while todo:
             try:
