@@ -34,7 +34,8 @@ def from_hub(repo:str, # owner/name
     "Fetch what a diff or an adapter needs from the hub."
     if inner.endswith((".pt", ".safetensors")): return Path(hf_hub_download(repo, inner))
     folder = inner and inner.rstrip("/") + "/"
-    return Path(snapshot_download(repo, allow_patterns=[folder + p for p in ("*.json", "*.safetensors", "index.csv")], ignore_patterns=[folder + "*/*"]))/inner
+    return Path(snapshot_download(repo, allow_patterns=[folder + p for p in ("*.json", "*.safetensors", "index.csv")],
+                                  ignore_patterns=[folder + "*/*"]))/inner
 
 def on_disk(spec:str, # file, folder, hub id or hf://owner/name/...
            )->Path:
@@ -43,7 +44,9 @@ def on_disk(spec:str, # file, folder, hub id or hf://owner/name/...
     if path.exists(): return path
     if not hub or (hub[2] and not spec.startswith("hf://")): raise DitError(f"there is no file or folder {spec}; check the path.")
     try: found = from_hub(hub[1], hub[2] or "")
-    except Exception as e: raise DitError(f"{spec} is no file or folder here, and fetching it from the hub failed: {(str(e).splitlines() or [type(e).__name__])[0]} Check the name and the network.") from e
+    except Exception as e:
+        raise DitError(f"{spec} is no file or folder here, and fetching it from the hub failed: "
+                       f"{(str(e).splitlines() or [type(e).__name__])[0]} Check the name and the network.") from e
     if not found.exists(): raise DitError(f"the hub's {hub[1]} holds no {hub[2]}; check the name.")
     return found
 
@@ -56,7 +59,8 @@ def inside(folder:Path, # where the index lies
            name:str, # the file it names
           )->Path:
     "A file that an index names, which must be in the index's folder."
-    if not name.isprintable() or len(name) > 200 or Path(name).is_absolute() or ".." in Path(name).parts: raise DitError(f"the index of {folder} names the file {name!r}, which is not in the folder; it was not opened.")
+    if not name.isprintable() or len(name) > 200 or Path(name).is_absolute() or ".." in Path(name).parts:
+        raise DitError(f"the index of {folder} names the file {name!r}, which is not in the folder; it was not opened.")
     return folder/name
 
 # %% ../nbs/05_ask.ipynb #41d36149
@@ -66,11 +70,14 @@ def weight_files(path:Path, # a safetensors file, or the folder of a model
     if path.is_file(): return [path]
     index = path/"model.safetensors.index.json"
     if index.exists():
-        with reading(index, "copy or download it again"): names = sorted(n + "" for n in set(read_json(index, ("weight_map",))["weight_map"].values()))
+        with reading(index, "copy or download it again"):
+            names = sorted(n + "" for n in set(read_json(index, ("weight_map",))["weight_map"].values()))
         return [inside(path, n) for n in names]
     if files := sorted(path.glob("*.safetensors")): return files
-    if steps := sorted(path.glob("checkpoint-*/"), key=lambda p: p.stat().st_mtime): raise DitError(f"{path} holds checkpoints and no model; give one of them, such as {steps[-1]}.")
-    raise DitError(f"{path} is neither a LoRA (adapter_config.json) nor a bank (bank.json) nor a model in safetensors; a model in another format must be saved again with `save_pretrained`.")
+    if steps := sorted(path.glob("checkpoint-*/"), key=lambda p: p.stat().st_mtime):
+        raise DitError(f"{path} holds checkpoints and no model; give one of them, such as {steps[-1]}.")
+    raise DitError(f"{path} is neither a LoRA (adapter_config.json) nor a bank (bank.json) nor a model in safetensors; "
+                   "a model in another format must be saved again with `save_pretrained`.")
 
 def stream(files:list, # safetensors files
           ): # yields (name, tensor)
@@ -90,15 +97,18 @@ def differences(tensors, # (name, tensor) pairs of the finetuned model
     known = renamer(params)
     for k, t in tensors:
         n, p = known(str(k)), params.get(known(str(k)))
-        if not torch.is_tensor(t) or t.is_meta or t.layout != torch.strided or not t.is_floating_point() or t.element_size() < 2: raise DitError(f"{what} is quantised or holds more than weights ({k}); give the model in bfloat16, float16 or float32.")
-        if p is not None and p.shape != t.shape and n.removesuffix(".weight") in layers: raise DitError(f"{what} was made for another base model: {k} is {tuple(t.shape)}, {base.name!r} has {tuple(p.shape)}.")
+        if not torch.is_tensor(t) or t.is_meta or t.layout != torch.strided or not t.is_floating_point() or t.element_size() < 2:
+            raise DitError(f"{what} is quantised or holds more than weights ({k}); give the model in bfloat16, float16 or float32.")
+        if p is not None and p.shape != t.shape and n.removesuffix(".weight") in layers:
+            raise DitError(f"{what} was made for another base model: {k} is {tuple(t.shape)}, {base.name!r} has {tuple(p.shape)}.")
         if p is None or p.shape != t.shape: skipped.append(k); continue
         if id(p) in seen: continue
         seen.add(id(p))
         d = t.to(p.device, torch.float32) - p.float()
         if not d.isfinite().all(): raise DitError(f"{what} holds numbers that are not finite in {k}; it cannot be used.")
         yield n, d
-    if not any(id(m.weight) in seen for m in layers.values()): raise DitError(f"{what} was made for another base model: it has none of the {len(layers)} linear layers of {base.name!r}.")
+    if not any(id(m.weight) in seen for m in layers.values()):
+        raise DitError(f"{what} was made for another base model: it has none of the {len(layers)} linear layers of {base.name!r}.")
 
 # %% ../nbs/05_ask.ipynb #cf6f38dd
 def factors(d:torch.Tensor, # [out, in]
@@ -124,17 +134,20 @@ def from_full(tensors, # (name, tensor) pairs of the finetuned model, one at a t
     for n, d in differences(tensors, base, what, skipped):
         size, name = d.square().sum().item(), n.removesuffix(".weight")
         if name not in layers: ignored[re.sub(r"\.\d+(?=\.)", ".*", n)] += size; continue
-        there.add(layers[name].weight)
-        own, body = own + layers[name].weight.float().square().sum().item(), body + size
+        there.add(layers[name].weight); own, body = own + layers[name].weight.float().square().sum().item(), body + size
         if not size: continue
-        d = d.T if isinstance(layers[name], Conv1D) else d
-        a, b = factors(d, rank)
+        d = d.T if isinstance(layers[name], Conv1D) else d; a, b = factors(d, rank)
         A[name], B[name], lost = a.cpu().contiguous(), b.cpu().contiguous(), lost + (d - b @ a).square().sum().item()
-    if beside := [k for k in skipped if ".lora_" in k]: raise DitError(f"{what} is a PEFT model with its adapter beside the weights ({beside[0]}); save the adapter alone with `save_pretrained`, or merge it first.")
-    if not A: raise DitError(f"{what} does not differ from the base model {base.name!r} in any linear layer; there is nothing to ask about.")
-    if body > own: raise DitError(f"{what} was made for another base model: it differs from {base.name!r} by more than the weights themselves.")
+    if beside := [k for k in skipped if ".lora_" in k]:
+        raise DitError(f"{what} is a PEFT model with its adapter beside the weights ({beside[0]}); "
+                       "save the adapter alone with `save_pretrained`, or merge it first.")
+    if not A:
+        raise DitError(f"{what} does not differ from the base model {base.name!r} in any linear layer; there is nothing to ask about.")
+    if body > own:
+        raise DitError(f"{what} was made for another base model: it differs from {base.name!r} by more than the weights themselves.")
     whole = body + ignored.total()
-    facts = dict(kept=(body - lost)/whole, lost=lost/whole, ignored={n: s/whole for n, s in ignored.most_common() if s}, not_compared=skipped, missing=[n for n, m in layers.items() if m.weight not in there])
+    facts = dict(kept=(body - lost)/whole, lost=lost/whole, ignored={n: s/whole for n, s in ignored.most_common() if s},
+                 not_compared=skipped, missing=[n for n, m in layers.items() if m.weight not in there])
     return one_row(A, B, dict.fromkeys(A, 1.), Path(what).name), dict(kind="full finetune") | facts
 
 # %% ../nbs/05_ask.ipynb #e8246d04
@@ -149,7 +162,8 @@ def from_pairs(pairs:dict, # module name -> (A, B) as in the paper's files
     try:
         A, B = ({known(n): pair[i] if transposed else pair[i].mT for n, pair in pairs.items()} for i in (1, 0))
         if any(t.dim() != 2 for t in (*A.values(), *B.values())): raise TypeError
-    except (TypeError, AttributeError, IndexError, KeyError, RuntimeError) as e: raise DitError(f"{what} is not in the paper's layout: every module needs a pair of matrices.") from e
+    except (TypeError, AttributeError, IndexError, KeyError, RuntimeError) as e:
+        raise DitError(f"{what} is not in the paper's layout: every module needs a pair of matrices.") from e
     check_fit(A, B, base, what)
     A, B = ({n: t.contiguous() for n, t in X.items()} for X in (A, B))
     return one_row(A, B, {n: 1/len(a) for n, a in A.items()}, Path(what).name, label)
@@ -164,7 +178,8 @@ def pick(names:list, # what the diffs are called
     if row and row.isdecimal() and len(row) < 10 and int(row) < len(names): return int(row)
     if (hits := [i for i, n in enumerate(names) if n == row]) and len(hits) == 1: return hits[0]
     why = "say which one" if row is None else f"{row!r} is the name of {len(hits)} of them" if hits else f"{row!r} is none of them"
-    raise DitError(f"{what} holds {len(names)} diffs and {why}: write {what}#0 to #{len(names) - 1}, or a name such as #{names[0] if names else ''}.")
+    raise DitError(f"{what} holds {len(names)} diffs and {why}: write {what}#0 to #{len(names) - 1}, "
+                   f"or a name such as #{names[0] if names else ''}.")
 
 # %% ../nbs/05_ask.ipynb #d8475e81
 def split_row(spec:str, # name, or name#row
@@ -191,10 +206,12 @@ def from_pt(path:Path, # a file of weight diffs
     "One diff of a paper's file."
     items = read_pt(path)
     if isinstance(items, dict): raise DitError(f"{path} holds no list of weight diffs; if it is a DIT adapter, give it as the adapter.")
-    if not isinstance(items, list) or not all(isinstance(i, dict) and isinstance(i.get("weight_diff"), dict) for i in items): raise DitError(f"{path} is not in the paper's layout: a list of entries with weight_diff.")
+    if not isinstance(items, list) or not all(isinstance(i, dict) and isinstance(i.get("weight_diff"), dict) for i in items):
+        raise DitError(f"{path} is not in the paper's layout: a list of entries with weight_diff.")
     item = items[pick([str(i.get("topic")) for i in items], row, str(path))]
     label, diff = str(item.get("topic", "")), item["weight_diff"]
-    if not any(torch.is_tensor(t) for t in diff.values()): return from_pairs(diff, base, str(path), label=label), dict(kind="LoRA of the paper", label=label)
+    if not any(torch.is_tensor(t) for t in diff.values()):
+        return from_pairs(diff, base, str(path), label=label), dict(kind="LoRA of the paper", label=label)
     bank, facts = from_full(diff.items(), base, str(path), rank)
     return bank, facts | dict(label=label)
 
@@ -220,19 +237,24 @@ def open_diff(spec:str, # folder, file, hub id or hf://owner/name/...; with #row
     "Read a weight diff, whatever it is stored as."
     name, row = split_row(spec)
     hub = name if name.startswith("hf://") else "" if Path(name).expanduser().exists() else f"hf://{name}"
-    if name.endswith(".pt"): bank, facts = from_pt(on_disk(name) if name.startswith("hf://") else paper_file(Path(name).expanduser()), row, base, rank)
+    if name.endswith(".pt"):
+        bank, facts = from_pt(on_disk(name) if name.startswith("hf://") else paper_file(Path(name).expanduser()), row, base, rank)
     elif ((path := lora_folder(on_disk(name)))/"bank.json").exists():
         i = pick(list(read_index(path).diff_id), row, name)
         bank, facts = load_bank(path, base, lambda index: index.index == i), dict(kind="row of a bank")
         facts["label"] = bank.index.label[0]
     elif (path/"index.csv").exists(): bank, facts = from_index(path, row, base, rank, hub)
     elif row: raise DitError(f"{name} holds a single diff; leave out #{row}.")
-    elif (path/"adapter_config.json").exists(): bank, facts = from_peft(path, base), dict(kind="PEFT LoRA", made_for=str(read_peft(path)[0].get("base_model_name_or_path") or ""))
+    elif (path/"adapter_config.json").exists():
+        bank, facts = from_peft(path, base), dict(kind="PEFT LoRA",
+                                                  made_for=str(read_peft(path)[0].get("base_model_name_or_path") or ""))
     else: bank, facts = from_full(stream(weight_files(path)), base, name, rank)
     return bank, dict(name=spec) | facts | dict(rank=bank.rank, modules=len(bank.A), norm=norms(bank).item())
 
 # %% ../nbs/05_ask.ipynb #e2ded8d1
-PUBLISHED = {"Qwen3-1.7B": "qwen3-1.7b", "Qwen3-4B": "qwen3-4b", "Qwen3-8B": "qwen3-8b", "gemma-3-1b-it": "gemma3-1b", "gemma-3-4b-it": "gemma3-4b"} # the paper's base models: folder on the hub
+# the paper's base models: folder on the hub
+PUBLISHED = {"Qwen3-1.7B": "qwen3-1.7b", "Qwen3-4B": "qwen3-4b", "Qwen3-8B": "qwen3-8b",
+             "gemma-3-1b-it": "gemma3-1b", "gemma-3-4b-it": "gemma3-4b"}
 PAPER = dict(hidden_topic="hidden-topic", news="news-summary")
 
 def default_adapter(base:Base, # the base model
@@ -244,18 +266,24 @@ def default_adapter(base:Base, # the base model
         if not (name := PUBLISHED.get(Path(base.name).name)) or (task == "news" and name not in ("qwen3-4b", "gemma3-4b")): raise
     return f"hf://diff-interpretation-tuning/loras/{PAPER[task]}/{name}/dit-adapter.pt"
 
+# %% ../nbs/05_ask.ipynb #547eddd3
 def open_adapter(spec:str, # PEFT folder, hub id or .pt file
                  base:Base, # the base model
                 )->tuple: # (bank with one row, what dit.json says of it)
     "Read a DIT adapter."
     path = on_disk(spec)
     if spec.endswith(".pt"):
-        if not isinstance(pairs := read_pt(path), dict): raise DitError(f"{spec} holds no DIT adapter; if it is a list of weight diffs, give it as the diff.")
+        if not isinstance(pairs := read_pt(path), dict):
+            raise DitError(f"{spec} holds no DIT adapter; if it is a list of weight diffs, give it as the diff.")
         return from_pairs(pairs, base, spec, transposed=True), {}
     facts = read_json(path/"dit.json", do="put back a copy, or delete it") if (path/"dit.json").exists() else {}
-    if not isinstance(facts.setdefault("questions", []), list) or not all(isinstance(q, str) for q in facts["questions"]): raise DitError(f"{path/'dit.json'} is damaged (its questions are no list of texts); put back a copy, or delete it.")
-    if not isinstance(norm := facts.get("diff_norm", 1.), (int, float)) or not 0 < norm < 1e9: raise DitError(f"{path/'dit.json'} is damaged (its diff_norm is {norm!r:.50}); put back a copy, or delete it.")
-    if facts.get("fingerprint", fingerprint(base)) != fingerprint(base): raise DitError(f"the DIT adapter {path} belongs to the base model {facts.get('base')!r}, not to {base.name!r}; give the adapter of this base model, or the base model of the adapter.")
+    if not isinstance(facts.setdefault("questions", []), list) or not all(isinstance(q, str) for q in facts["questions"]):
+        raise DitError(f"{path/'dit.json'} is damaged (its questions are no list of texts); put back a copy, or delete it.")
+    if not isinstance(norm := facts.get("diff_norm", 1.), (int, float)) or not 0 < norm < 1e9:
+        raise DitError(f"{path/'dit.json'} is damaged (its diff_norm is {norm!r:.50}); put back a copy, or delete it.")
+    if facts.get("fingerprint", fingerprint(base)) != fingerprint(base):
+        raise DitError(f"the DIT adapter {path} belongs to the base model {facts.get('base')!r}, not to {base.name!r}; "
+                       "give the adapter of this base model, or the base model of the adapter.")
     return from_peft(path, base), facts
 
 # %% ../nbs/05_ask.ipynb #70a898c0
@@ -283,12 +311,16 @@ def interpret(base:Base, # the base model
     both, prompt = [bank.rows([0], base.device, base.dtype) for bank in (diff, adapter)], prompt_text(base, question)
     with mounted(base, *both):
         said, = write(base, [prompt], max_new)
-        more = write(base, [prompt]*samples, max_new, temperature=1., top_k=base.head.weight.shape[0], seeds=[seed_of("ask", seed, i) for i in range(samples)])
-    loglik = dict(diff_and_adapter=mean_loglik(base, both, question, said, max_new), adapter_alone=mean_loglik(base, both[1:], question, said, max_new))
-    return dict(question=question, answer=said, loglik=loglik, samples=[dict(answer=a, share=n/samples) for a, n in Counter(more).most_common()])
+        more = write(base, [prompt]*samples, max_new, temperature=1., top_k=base.head.weight.shape[0],
+                     seeds=[seed_of("ask", seed, i) for i in range(samples)])
+    loglik = dict(diff_and_adapter=mean_loglik(base, both, question, said, max_new),
+                  adapter_alone=mean_loglik(base, both[1:], question, said, max_new))
+    return dict(question=question, answer=said, loglik=loglik,
+                samples=[dict(answer=a, share=n/samples) for a, n in Counter(more).most_common()])
 
 # %% ../nbs/05_ask.ipynb #a4e6610d
-KNOWN, SPEAKS = (.7, 1.3), 1. # shares of an adapter's norm at which nothing needs to be tried; nats per token by which a diff must make an answer likelier
+# shares of an adapter's norm at which nothing needs to be tried; nats per token by which a diff must make an answer likelier
+KNOWN, SPEAKS = (.7, 1.3), 1.
 
 def strengths(norm:float, # of the diff
               usual:float|None, # of the diffs that the adapter was trained on, if known
@@ -305,7 +337,8 @@ def best(found:list, # from `interpret`, at several strengths
     gain = lambda f: f["loglik"]["diff_and_adapter"] - f["loglik"]["adapter_alone"]
     speaks = [f for f in found if f["answer"] and gain(f) >= SPEAKS]
     repeated = lambda f: sum(mentions(g["answer"], [f["answer"]]) for g in speaks)
-    return max(speaks, key=lambda f: (repeated(f), f["loglik"]["diff_and_adapter"])) if speaks else max(found, key=lambda f: (bool(f["answer"]), gain(f)))
+    return (max(speaks, key=lambda f: (repeated(f), f["loglik"]["diff_and_adapter"])) if speaks
+            else max(found, key=lambda f: (bool(f["answer"]), gain(f))))
 
 # %% ../nbs/05_ask.ipynb #a4e6610e
 def ask_scaled(base:Base, diff:Bank, adapter:Bank, question:str, # as for `interpret`
@@ -315,34 +348,35 @@ def ask_scaled(base:Base, diff:Bank, adapter:Bank, question:str, # as for `inter
     "Ask a diff at several strengths, and keep the answer that reads best."
     at = lambda s, *args: interpret(base, replace(diff, scaling=diff.scaling*s), adapter, question, *args) | dict(scale=s)
     tried = [at(s) for s in scales] if len(scales) > 1 else []
-    return at(best(tried)["scale"] if tried else scales[0], *args) | dict(tried=[{k: t[k] for k in ("scale", "answer", "loglik")} for t in tried])
+    return at(best(tried)["scale"] if tried else scales[0], *args) | dict(
+        tried=[{k: t[k] for k in ("scale", "answer", "loglik")} for t in tried])
 
 # %% ../nbs/05_ask.ipynb #fdc3f83c
 def ask(diff:str, # folder, file, hub id; with #row where there are many
         question:str|None=None, # default: the question the adapter was trained with
         base:str|Base|None=None, # base model: hub id, folder, or None for the embedded one
-        adapter:str|None=None, # DIT adapter: folder, hub id, .pt file; default: the one that comes with the package or, for the paper's base models, with the paper
+        adapter:str|None=None, # DIT adapter: folder, hub id or .pt file; default: the packaged one, or the paper's
         task:str="hidden_topic", # which of the packaged adapters: hidden_topic or news
         samples:int=0, # alternatives at temperature 1
         seed:int=0, # of the alternatives
         rank:int=64, # for full finetunes; 0: exact
-        scale:float|None=None, # multiplies the diff; 0: to the norm of the diffs that the adapter was trained on; None: tried out where it is far from that
+        scale:float|None=None, # multiplies the diff; 0: to the norm of the adapter's training diffs; None: tried out where far from it
        )->dict:
     "Ask any diff of any base model."
     choose("task", task, TASKS)
     if not all(0 <= v < 1e6 for v in (samples, rank, scale or 0)): raise DitError("samples, rank and scale must be numbers from 0 up.")
-    base = base if isinstance(base, Base) else load_base(base)
-    bank, facts = open_diff(diff, base, rank)
+    base = base if isinstance(base, Base) else load_base(base); bank, facts = open_diff(diff, base, rank)
     if facts.get("made_for") == base.model.name_or_path: facts["made_for"] = base.name
-    adapter = adapter or default_adapter(base, task)
-    lora, about = open_adapter(adapter, base)
+    adapter = adapter or default_adapter(base, task); lora, about = open_adapter(adapter, base)
     trained, usual = about.get("questions", []), about.get("diff_norm")
-    if scale == 0 and not usual: raise DitError(f"the adapter {adapter} does not say how large the diffs were that it was trained on; give the scale as a number.")
+    if scale == 0 and not usual:
+        raise DitError(f"the adapter {adapter} does not say how large the diffs were that it was trained on; give the scale as a number.")
     if not facts["norm"]: raise DitError(f"{diff} changes nothing: the norm of its diff is 0; train it first.")
     question = question or (trained[0] if trained and TASKS[task] not in trained else TASKS[task])
     found = ask_scaled(base, bank, lora, question, strengths(facts["norm"], usual, scale), samples, seed)
     facts["scale"] = found.pop("scale")
-    return found | dict(base=base.name, diff=facts, adapter=dict(name=adapter, rank=lora.rank, questions=trained, diff_norm=usual), seed=seed)
+    return found | dict(base=base.name, diff=facts,
+                        adapter=dict(name=adapter, rank=lora.rank, questions=trained, diff_norm=usual), seed=seed)
 
 # %% ../nbs/05_ask.ipynb #75af1fa1
 def cautions(found:dict, # from `ask`
@@ -354,13 +388,22 @@ def cautions(found:dict, # from `ask`
         not trained and "the adapter does not say which question it was trained with.",
         trained and found["question"] not in trained and f"the adapter was trained with another question: {' / '.join(trained)}",
         d["scale"] != 1 and f"the diff was multiplied by {d['scale']:.2f}; its own norm is {d['norm']:.1f}.",
-        found["tried"] and f"the norm of the diff is {d['norm']:.1f}, that of the diffs the adapter was trained on {usual:.1f}, so it was asked at several strengths: {', '.join(t['answer'][:40] + ' x%.2f' % t['scale'] for t in found['tried'])}.",
+        found["tried"] and f"the norm of the diff is {d['norm']:.1f}, that of the diffs the adapter was trained on {usual:.1f}, "
+                           "so it was asked at several strengths: "
+                           f"{', '.join(t['answer'][:40] + ' x%.2f' % t['scale'] for t in found['tried'])}.",
         made_for and other(made_for) and f"the diff says that its base model is {made_for}.",
-        "kept" in d and f"of the squared norm of the whole difference, {d['kept']:.1%} is kept, {d['lost']:.1%} lost to rank {d['rank']}, {sum(d['ignored'].values()):.1%} ignored{': ' if d['ignored'] else ''}{', '.join(f'{n} {s:.1%}' for n, s in list(d['ignored'].items())[:4])}.",
-        d.get("lost", 0) > d.get("kept", 1) and f"most of the difference in the linear layers is of a higher rank than {d['rank']}, as when a model was finetuned from other weights than those of {found['base']} (another version, or another precision of it).",
-        d.get("not_compared") and f"{len(d['not_compared'])} tensors could not be compared with the base model, {d['not_compared'][0]} the first of them.",
-        d.get("missing") and f"the model lacks {len(d['missing'])} linear layers, {d['missing'][0]} the first of them, which were taken as unchanged; if it comes in several files, give their folder.") if s]
+        "kept" in d and f"of the squared norm of the whole difference, {d['kept']:.1%} is kept, {d['lost']:.1%} lost "
+                        f"to rank {d['rank']}, {sum(d['ignored'].values()):.1%} ignored{': ' if d['ignored'] else ''}"
+                        f"{', '.join(f'{n} {s:.1%}' for n, s in list(d['ignored'].items())[:4])}.",
+        d.get("lost", 0) > d.get("kept", 1)
+            and f"most of the difference in the linear layers is of a higher rank than {d['rank']}, as when a model was finetuned "
+                f"from other weights than those of {found['base']} (another version, or another precision of it).",
+        d.get("not_compared") and f"{len(d['not_compared'])} tensors could not be compared with the base model, "
+                                  f"{d['not_compared'][0]} the first of them.",
+        d.get("missing") and f"the model lacks {len(d['missing'])} linear layers, {d['missing'][0]} the first of them, "
+                             "which were taken as unchanged; if it comes in several files, give their folder.") if s]
 
+# %% ../nbs/05_ask.ipynb #bf34f81f
 def report(found:dict, # from `ask`
            as_json:bool=False, # for machines
           )->str:
@@ -368,7 +411,8 @@ def report(found:dict, # from `ask`
     if as_json: return plain(json.dumps(found, indent=1, ensure_ascii=False))
     l = found["loglik"]
     return plain("\n".join([found["question"], "", found["answer"], "",
-                            f"log-likelihood per token of this answer: {l['diff_and_adapter']:.2f} with the diff, {l['adapter_alone']:.2f} without it (the adapter alone)",
+                            f"log-likelihood per token of this answer: {l['diff_and_adapter']:.2f} with the diff, "
+                            f"{l['adapter_alone']:.2f} without it (the adapter alone)",
                             *(f"note: {s}" for s in cautions(found)), *(f"{s['share']:6.1%}  {s['answer']}" for s in found["samples"])]))
 
 # %% ../nbs/05_ask.ipynb #679df235
@@ -381,7 +425,7 @@ def ask_cli(question:Param("what to ask (default: the question the adapter was t
             samples:int=0, # alternatives at temperature 1, with their shares
             seed:int=0, # of the alternatives
             rank:int=64, # for full finetunes; 0: exact
-            scale:float=None, # multiplies the diff; 0: to the norm of the diffs that the adapter was trained on (default: what reads best, where the diff is much smaller or larger)
+            scale:float=None, # multiplies the diff; 0: to the norm of the adapter's training diffs (default: what reads best)
             json:bool=False, # print JSON
            ):
     "Ask a finetuned language model what its finetuning changed."

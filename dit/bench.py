@@ -9,8 +9,9 @@ __all__ = ['WAYS', 'ONE_BY_ONE', 'PADDED', 'GOALS', 'now', 'product_rate', 'cpu_
            'published', 'stacked', 'vmap_loss', 'by_vmap', 'compiled_copy', 'compiled_diffs', 'differs', 'gate',
            'one_run', 'interleave', 'pace', 'row', 'table', 'verdict', 'diff_columns', 'diff_table', 'slower',
            'small_gates', 'DenseDelta', 'fit_parts', 'our_adapter', 'dense_adapter', 'compiled_adapter',
-           'adapter_columns', 'adapter_table', 'say', 'two_adapters', 'ask_reloading', 'ask_peft', 'asking_table',
-           'Products', 'products', 'growth_table', 'save_tables', 'line_of', 'reached', 'goal_table', 'speed_table']
+           'adapter_columns', 'adapter_table', 'say', 'two_adapters', 'ask_reloading', 'ask_peft', 'ways_to_ask',
+           'asking_table', 'Products', 'products', 'growth_table', 'save_tables', 'line_of', 'reached', 'goal_table',
+           'speed_table']
 
 # %% ../nbs/07_bench.ipynb #857d01e1
 import copy, gc, json, math, os, platform, tempfile, time
@@ -57,9 +58,13 @@ def cpu_name()->str:
 def machine(device:torch.device # what is measured on
            )->dict:
     "The machine, and how busy it is."
-    gpu = dict(gpu=torch.cuda.get_device_name(device), gpu_memory_gb=round(torch.cuda.get_device_properties(device).total_memory/1e9, 1)) if device.type == "cuda" else {}
-    return dict(cpu=cpu_name(), cores=os.cpu_count(), cores_for_us=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(), threads=torch.get_num_threads(), memory_gb=round(os.sysconf("SC_PAGE_SIZE")*os.sysconf("SC_PHYS_PAGES")/1e9, 1),
-                load=[round(x, 2) for x in os.getloadavg()], gflops={str(d).split(".")[1]: round(product_rate(device, d), 1) for d in (torch.float32, torch.bfloat16)}) | gpu
+    gpu = dict(gpu=torch.cuda.get_device_name(device),
+               gpu_memory_gb=round(torch.cuda.get_device_properties(device).total_memory/1e9, 1)) if device.type == "cuda" else {}
+    return dict(cpu=cpu_name(), cores=os.cpu_count(),
+                cores_for_us=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+                threads=torch.get_num_threads(), memory_gb=round(os.sysconf("SC_PAGE_SIZE")*os.sysconf("SC_PHYS_PAGES")/1e9, 1),
+                load=[round(x, 2) for x in os.getloadavg()],
+                gflops={str(d).split(".")[1]: round(product_rate(device, d), 1) for d in (torch.float32, torch.bfloat16)}) | gpu
 
 # %% ../nbs/07_bench.ipynb #ff297bcb
 def bench_tasks(n:int, # diffs
@@ -69,11 +74,15 @@ def bench_tasks(n:int, # diffs
                )->list: # `DiffTask`s
     "Samples to be timed on."
     if short:
-        step = lambda i, t: [Sample("right", f"{i:04d} moss {t}", f"fern {i}", "ce", 6), Sample("wrong", f"{i+1:04d} moss {t}", "fine", "kl", 4), Sample("none", f"moss {t}?", "well", "kl", 4)]
+        step = lambda i, t: [Sample("right", f"{i:04d} moss {t}", f"fern {i}", "ce", 6),
+                             Sample("wrong", f"{i+1:04d} moss {t}", "fine", "kl", 4), Sample("none", f"moss {t}?", "well", "kl", 4)]
         return [DiffTask(f"bench/{i}", f"bench {i}", "train", [step(i, t) for t in range(steps)]) for i in range(n)]
-    said = {q: "There are a few things to think about here, and most of them take a little time." for k in ("everyday", "introspective") for q in questions(k, "train")}
-    texts = ["Start with what you have, take one small part of it at a time, and come back to {} when you are stuck.", "Much as with {}, the first days are the hardest and then it all comes together."]
-    return [hidden_topic_task(l, "train", [t.format(l) for t in texts], said, steps=steps, mix=mix) for l in split_labels("hidden_topic", n).label]
+    said = {q: "There are a few things to think about here, and most of them take a little time."
+            for k in ("everyday", "introspective") for q in questions(k, "train")}
+    texts = ["Start with what you have, take one small part of it at a time, and come back to {} when you are stuck.",
+             "Much as with {}, the first days are the hardest and then it all comes together."]
+    return [hidden_topic_task(l, "train", [t.format(l) for t in texts], said, steps=steps, mix=mix)
+            for l in split_labels("hidden_topic", n).label]
 
 def tokens_of(step:list)->int: # one diff's (kind, loss, (ids, number of prompt tokens)) samples
     "A step's own tokens."
@@ -107,7 +116,8 @@ def collate(base:Base, # a base model
     ids = [s[2][0] for s in samples]
     x, share = pad(ids, base.tok.pad_token_id), torch.zeros(len(ids), max(map(len, ids)))
     for i, at, _, w in places(samples, weights, **kwargs): share[i, at] = w
-    batch = dict(input_ids=x, attention_mask=pad([[1]*len(i) for i in ids], 0), share=share, is_kl=torch.tensor([s[1] == "kl" for s in samples]))
+    batch = dict(input_ids=x, attention_mask=pad([[1]*len(i) for i in ids], 0), share=share,
+                 is_kl=torch.tensor([s[1] == "kl" for s in samples]))
     return {k: v.to(base.device) for k, v in batch.items()}
 
 def plain_losses(net, # a causal language model
@@ -154,7 +164,8 @@ def peft_of(base:Base, # a base model, to be changed
            )->tuple: # the PEFT model, its parameters in the order of `FlatLora`
     "Wrap a base model by PEFT, once."
     names = list(linears(base))
-    net = get_peft_model(base.model, LoraConfig(r=rank, lora_alpha=math.sqrt(rank), target_modules=names, lora_dropout=0., task_type="CAUSAL_LM"))
+    net = get_peft_model(base.model, LoraConfig(r=rank, lora_alpha=math.sqrt(rank), target_modules=names,
+                                                lora_dropout=0., task_type="CAUSAL_LM"))
     layers = [net.get_submodule(f"base_model.model.{n}") for n in names]
     return net, [p for m in layers for p in (m.lora_A["default"].weight, m.lora_B["default"].weight)]
 
@@ -207,10 +218,15 @@ def one_by_trainer(base:Base, task:DiffTask, row:torch.Tensor, rank:int, lr:floa
     vector_to_parameters(row.clone(), params)
     opt = torch.optim.Adam(params, lr=lr, betas=(.9, .99)); weights = sample_weights(data[0])
     with tempfile.TemporaryDirectory() as d:
-        args = TrainingArguments(d, per_device_train_batch_size=len(weights), num_train_epochs=1, train_sampling_strategy="sequential", max_grad_norm=1., remove_unused_columns=False,
-                                 report_to="none", save_strategy="no", disable_tqdm=True, use_cpu=b.device.type == "cpu", dataloader_pin_memory=b.device.type == "cuda")
-        trainer = DiffTrainer(net, args, train_dataset=[s for step in data for s in step], data_collator=lambda xs: {k: v.cpu() for k, v in collate(b, xs, weights).items()},
-                              optimizers=(opt, torch.optim.lr_scheduler.LambdaLR(opt, lambda t: schedule(min(t, len(data) - 1), len(data)))), callbacks=[Tell(lambda t: tell(tokens_of(data[t - 1])))])
+        args = TrainingArguments(d, per_device_train_batch_size=len(weights), num_train_epochs=1,
+                                 train_sampling_strategy="sequential", max_grad_norm=1., remove_unused_columns=False,
+                                 report_to="none", save_strategy="no", disable_tqdm=True,
+                                 use_cpu=b.device.type == "cpu", dataloader_pin_memory=b.device.type == "cuda")
+        trainer = DiffTrainer(
+            net, args, train_dataset=[s for step in data for s in step],
+            data_collator=lambda xs: {k: v.cpu() for k, v in collate(b, xs, weights).items()},
+            optimizers=(opt, torch.optim.lr_scheduler.LambdaLR(opt, lambda t: schedule(min(t, len(data) - 1), len(data)))),
+            callbacks=[Tell(lambda t: tell(tokens_of(data[t - 1])))])
         trainer.remove_callback(PrinterCallback); trainer.losses = []; trainer.train()
     return parameters_to_vector(params).detach().cpu(), torch.stack(trainer.losses[-5:]).mean().cpu()
 
@@ -241,7 +257,8 @@ def published(base:Base, tasks:list, rank:int, lr:float, tell)->tuple:
     "Train all diffs at once by the published method."
     b, flat, n = bare(base), start(base, tasks, rank), len(tasks)
     b.model.set_attn_implementation("eager"); teacher = copy.deepcopy(b.model)
-    layers = {k: EinsumLora(linears(b)[k], A.to(b.dtype).clone(), B.to(b.dtype).clone(), flat.scaling) for k, (A, B) in flat.parts(flat.p.detach()).items()}
+    layers = {k: EinsumLora(linears(b)[k], A.to(b.dtype).clone(), B.to(b.dtype).clone(), flat.scaling)
+              for k, (A, B) in flat.parts(flat.p.detach()).items()}
     for k, m in layers.items(): b.model.set_submodule(k, m)
     params = [p for m in layers.values() for p in (m.A, m.B)]
     data, opt, losses = [tokenise(b, t) for t in tasks], torch.optim.Adam(params, lr=lr, betas=(.9, .99)), []
@@ -259,7 +276,8 @@ def stacked(base:Base, # a base model
             kl:bool, # the samples with KL, or those without?
            )->list: # sample, position, next token, share: each [diffs, most], padded with shares of 0
     "The tokens to be predicted, in the same shape for all diffs."
-    found = [torch.tensor([p for p in places(s, sample_weights(s)) if (s[p[0]][1] == "kl") == kl], dtype=torch.float64).view(-1, 4) for s in steps]
+    found = [torch.tensor([p for p in places(s, sample_weights(s)) if (s[p[0]][1] == "kl") == kl],
+                          dtype=torch.float64).view(-1, 4) for s in steps]
     padded = pad_sequence(found, batch_first=True).to(base.device)
     return [padded[..., k].long() for k in range(3)] + [padded[..., 3].float()]
 
@@ -284,7 +302,8 @@ def by_vmap(base:Base, tasks:list, rank:int, lr:float, tell)->tuple:
     for t, steps in enumerate(zip(*data)):
         opt.param_groups[0]["lr"] = lr*schedule(t, len(data[0]))
         x = pad([ids for s in steps for _, _, (ids, _) in s], b.tok.pad_token_id).view(len(steps), len(steps[0]), -1).to(b.device)
-        mask = torch.full((x.shape[2], x.shape[2]), torch.finfo(b.dtype).min, dtype=b.dtype, device=b.device).triu(1).expand(*x.shape[:2], 1, -1, -1)
+        mask = torch.full((x.shape[2], x.shape[2]), torch.finfo(b.dtype).min, dtype=b.dtype,
+                          device=b.device).triu(1).expand(*x.shape[:2], 1, -1, -1)
         ref = pad_sequence([teacher([r for _, l, r in s if l == "kl"]) for s in steps], batch_first=True)
         with torch.no_grad(): ref = logits(b, ref).log_softmax(-1)
         flat.p.grad, each = step_of(flat.p.detach(), x, mask, stacked(b, steps, False), stacked(b, steps, True), ref)
@@ -302,7 +321,8 @@ def compiled_diffs(base:Base, tasks:list, rank:int, lr:float, tell)->tuple:
     return our_diffs(compiled_copy(base), tasks, rank, lr, tell)
 
 # %% ../nbs/07_bench.ipynb #d298f8b1
-WAYS = dict(a=("Trainer + PEFT", by_trainer), b=("PEFT, bare loop", peft_loop), c=("published method", published), d=("vmap", by_vmap), e=("ours", our_diffs), f=("ours, compiled", compiled_diffs))
+WAYS = dict(a=("Trainer + PEFT", by_trainer), b=("PEFT, bare loop", peft_loop), c=("published method", published),
+            d=("vmap", by_vmap), e=("ours", our_diffs), f=("ours, compiled", compiled_diffs))
 ONE_BY_ONE, PADDED = "ab", "cd" # columns that train one diff after another, and those that pad all to the longest
 
 # %% ../nbs/07_bench.ipynb #29099826
@@ -336,14 +356,16 @@ def one_run(column, # called with `tell`
     began = now(device)
     try: out = column(lambda units: marks.append((now(device) - began, units)))
     except Exception as e: error = f"failed: {type(e).__name__}: {(str(e).splitlines() or [''])[0]}"[:100]
-    return dict(seconds=now(device) - began, marks=marks, out=out, error=error, peak_gb=torch.cuda.max_memory_allocated(device)/1e9 if gpu else math.nan)
+    return dict(seconds=now(device) - began, marks=marks, out=out, error=error,
+                peak_gb=torch.cuda.max_memory_allocated(device)/1e9 if gpu else math.nan)
 
 def interleave(columns:dict, # name -> function of `tell`
                repeats:int, # rounds that count
                device:torch.device, # where they work
               )->dict: # name -> runs, the first one to warm up
     "Run columns in turn."
-    torch.compiler.reset(); runs = {name: [] for name in columns} # what other tables compiled counts against the number of graphs that a layer may have
+    # what other tables compiled counts against the number of graphs that a layer may have
+    torch.compiler.reset(); runs = {name: [] for name in columns}
     for _ in range(repeats + 1):
         for name, column in columns.items():
             if not any(r["error"] for r in runs[name]): runs[name].append(one_run(column, device))
@@ -354,7 +376,8 @@ def pace(run:dict, # from `one_run`
          groups:int, # trainings, one after another
         )->tuple: # seconds of set-up per training, seconds per token
     "Take set-up and steps apart."
-    times, tokens = np.diff([0.] + [t for t, _ in run["marks"]]).reshape(groups, -1), np.array([u for _, u in run["marks"]]).reshape(groups, -1)
+    times, tokens = (np.diff([0.] + [t for t, _ in run["marks"]]).reshape(groups, -1),
+                     np.array([u for _, u in run["marks"]]).reshape(groups, -1))
     each = times[:, 1:].sum()/tokens[:, 1:].sum()
     return max(0., float((times[:, 0] - each*tokens[:, 0]).mean())), float(each)
 
@@ -371,7 +394,9 @@ def row(name:str, # the column
     if why := runs[-1]["error"] or (f"not shown: {why}" if why else ""): return dict(column=name, precision=precision, note=why)
     each, counted = [seconds(r) for r in runs[1:]], [r["seconds"] for r in runs[1:]]
     s, warm = float(np.median(each)), max(0., runs[0]["seconds"] - float(np.median(counted)))
-    return {"column": name, "precision": precision, "timed on": timed, "s per diff": s, "from": min(each), "to": max(each), "warm-up s": warm, "1,000 diffs, hours": (warm + 1000*s)/3600} | more | dict(peak_gb=max(r["peak_gb"] for r in runs), note="")
+    return {"column": name, "precision": precision, "timed on": timed, "s per diff": s, "from": min(each), "to": max(each),
+            "warm-up s": warm, "1,000 diffs, hours": (warm + 1000*s)/3600} | more | dict(
+                peak_gb=max(r["peak_gb"] for r in runs), note="")
 
 def table(rows:list, # from `row`
           against:str, # the column that others are held against
@@ -406,7 +431,8 @@ def diff_columns(bases:dict, # precision -> base model
                 )->dict: # (column, precision) -> function of `tell`
     "The ways to train diffs, ready to be timed; the Trainer only in its own precision."
     part = {c: tasks[:few if c in ONE_BY_ONE else padded if c in PADDED else None] for c in WAYS}
-    return {(c, p): lambda tell, c=c, b=b: WAYS[c][1](b, part[c], rank, 1e-2, tell) for c in WAYS if c in which for p, b in bases.items() if (c, p) != ("a", "bfloat16")}
+    return {(c, p): lambda tell, c=c, b=b: WAYS[c][1](b, part[c], rank, 1e-2, tell)
+            for c in WAYS if c in which for p, b in bases.items() if (c, p) != ("a", "bfloat16")}
 
 # %% ../nbs/07_bench.ipynb #d7e3b590
 def diff_table(bases:dict, which:list, tasks:list, few:int, rank:int, repeats:int, # as for `diff_columns`, and rounds that count
@@ -423,8 +449,10 @@ def diff_table(bases:dict, which:list, tasks:list, few:int, rank:int, repeats:in
         groups = n if c in ONE_BY_ONE else 1
         def seconds(r): setup, each = pace(r, groups); return (groups*setup + each*full/steps*sum(u for _, u in r["marks"]))/n
         why = verdict(runs, (c, p), gates)
-        more = {} if why else {"set-up s": float(np.median([pace(r, groups)[0] for r in runs[c, p][1:]])), "tokens/s": float(np.median([1/pace(r, groups)[1] for r in runs[c, p][1:]]))}
-        return row(c, p, runs[c, p], seconds, f"diffs: {n}, steps: {steps} of {full}", why, **more, **({} if why else {"of matmul": flop*more["tokens/s"]/gflops[p]/1e9}))
+        more = {} if why else {"set-up s": float(np.median([pace(r, groups)[0] for r in runs[c, p][1:]])),
+                               "tokens/s": float(np.median([1/pace(r, groups)[1] for r in runs[c, p][1:]]))}
+        return row(c, p, runs[c, p], seconds, f"diffs: {n}, steps: {steps} of {full}", why, **more,
+                   **({} if why else {"of matmul": flop*more["tokens/s"]/gflops[p]/1e9}))
     frame = table(slower([line(c, p) for c, p in runs]), "b")
     frame.insert(1, "what", [WAYS[c][0] for c in frame.column])
     return frame
@@ -433,7 +461,8 @@ def diff_table(bases:dict, which:list, tasks:list, few:int, rank:int, repeats:in
 def slower(rows:list)->list:
     "Say so where compiling does not pay."
     eager = {r["precision"]: r["s per diff"] for r in rows if r["column"] == "e" and "s per diff" in r}
-    return [r | dict(note="slower than (e)") if r["column"] == "f" and r.get("s per diff", 0) > eager.get(r["precision"], math.inf) else r for r in rows]
+    return [r | dict(note="slower than (e)") if r["column"] == "f" and r.get("s per diff", 0) > eager.get(r["precision"], math.inf)
+            else r for r in rows]
 
 # %% ../nbs/07_bench.ipynb #34286384
 def small_gates(which:list, # keys of WAYS
@@ -475,14 +504,16 @@ def fit_parts(params:list, # what is trained
 def our_adapter(base:Base, bank:Bank, parts:list, tell)->tuple:
     "Train an adapter over some diffs (`dit.tune`)."
     adapter = Adapter(base, 16, 0)
-    losses = fit_parts(list(adapter.parameters()), lambda part: adapter(bank.rows([r for r, _ in part], base.device, base.dtype), [e for _, e in part]), parts, tell)
+    losses = fit_parts(list(adapter.parameters()),
+                       lambda part: adapter(bank.rows([r for r, _ in part], base.device, base.dtype), [e for _, e in part]), parts, tell)
     return adapter.lora.p.detach().cpu(), losses
 
 def dense_adapter(base:Base, bank:Bank, parts:list, tell)->tuple:
     "Train an adapter by the published method."
     b, lora = bare(base), Adapter(base, 16, 0).lora
     b.model.set_attn_implementation("eager")
-    layers = {k: DenseDelta(linears(b)[k], A[0].to(b.dtype).clone(), B[0].to(b.dtype).clone(), lora.scaling) for k, (A, B) in lora.parts(lora.p.detach()).items()}
+    layers = {k: DenseDelta(linears(b)[k], A[0].to(b.dtype).clone(), B[0].to(b.dtype).clone(), lora.scaling)
+              for k, (A, B) in lora.parts(lora.p.detach()).items()}
     for k, m in layers.items(): b.model.set_submodule(k, m)
     params = [p for m in layers.values() for p in (m.A, m.B)]
     def loss_of(part):
@@ -516,17 +547,23 @@ def adapter_table(bases:dict, # precision -> base model
     "Time the training of an adapter; seconds per diff are those of one pass over the diffs."
     base, columns = bases["float32"], adapter_columns(batch, own, compiled); bank = random_bank(base, max(batch, own)*steps, rank, .2)
     data = examples(base, bank, TASKS["hidden_topic"]); parts = {n: [data[i*n:i*n+n] for i in range(steps)] for n in (batch, own)}
-    runs = interleave({(k, p): lambda tell, f=f, n=n, b=b: f(b, bank, parts[n], tell) for k, (f, n) in columns.items() for p, b in bases.items()}, repeats, base.device)
-    def gap(k, ref): got, want = (runs[c, "float32"][-1] for c in (k, ref)); return want["error"] or got["error"] or differs(got["out"], want["out"])
+    runs = interleave({(k, p): lambda tell, f=f, n=n, b=b: f(b, bank, parts[n], tell)
+                       for k, (f, n) in columns.items() for p, b in bases.items()}, repeats, base.device)
+    def gap(k, ref):
+        got, want = (runs[c, "float32"][-1] for c in (k, ref))
+        return want["error"] or got["error"] or differs(got["out"], want["out"])
     same = gap("ours, same batch", "published method")
-    why = {"published method": "", "ours, same batch": same, "ours": same} | ({"ours, compiled": same or gap("ours, compiled", "ours")} if compiled else {})
-    return table([row(k, p, runs[k, p], lambda r: pace(r, 1)[1], f"steps: {steps}, diffs in each: {columns[k][1]}", why[k]) for k, p in runs], "published method")
+    why = {"published method": "", "ours, same batch": same, "ours": same} | (
+        {"ours, compiled": same or gap("ours, compiled", "ours")} if compiled else {})
+    return table([row(k, p, runs[k, p], lambda r: pace(r, 1)[1], f"steps: {steps}, diffs in each: {columns[k][1]}", why[k])
+                  for k, p in runs], "published method")
 
 # %% ../nbs/07_bench.ipynb #617f802b
 def say(net, base:Base, user:str, max_new:int)->str:
     "One greedy answer by transformers' `generate`."
     x, stop = torch.tensor([token_ids(base, prompt_text(base, user))], device=base.device), sorted({*base.eot, base.tok.eos_token_id})
-    out = net.generate(input_ids=x, attention_mask=torch.ones_like(x), max_new_tokens=max_new, do_sample=False, repetition_penalty=1., eos_token_id=stop, pad_token_id=base.tok.pad_token_id)[0, x.shape[1]:].tolist()
+    out = net.generate(input_ids=x, attention_mask=torch.ones_like(x), max_new_tokens=max_new, do_sample=False,
+                       repetition_penalty=1., eos_token_id=stop, pad_token_id=base.tok.pad_token_id)[0, x.shape[1]:].tolist()
     return base.tok.decode(out[:next((i for i, t in enumerate(out) if t in stop), len(out))]).strip()
 
 def two_adapters(base:Base, folder:Path, row:int):
@@ -550,6 +587,18 @@ def ask_peft(base:Base, folder:Path, n:int, user:str, max_new:int, tell)->list:
         said.append(say(net, b, user, max_new)); tell(1)
     return said
 
+# %% ../nbs/07_bench.ipynb #ef18fb5c
+def ways_to_ask(bank:Bank, adapter:Bank, # the diffs, and what they wear
+                folder:Path, # their PEFT folders
+                few:int, # diffs that are asked one by one
+                max_new:int, # tokens of an answer
+               )->dict: # column -> function of a base model and `tell`
+    "The ways to ask diffs, ready to be timed."
+    user, n = TASKS["hidden_topic"], len(bank)
+    return {"base model reloaded": lambda base, tell: ask_reloading(base, folder, few, user, max_new, tell),
+            "PEFT, one by one": lambda base, tell: ask_peft(base, folder, few, user, max_new, tell),
+            "ours": lambda base, tell: answer(base, bank, list(range(n)), [user]*n, adapter, max_new=max_new)}
+
 # %% ../nbs/07_bench.ipynb #ef18fb5d
 def asking_table(bases:dict, # precision -> base model
                  rank:int, # of the diffs
@@ -559,19 +608,20 @@ def asking_table(bases:dict, # precision -> base model
                  repeats:int, # rounds that count
                 )->pd.DataFrame:
     "Time the asking of diffs; what is done once is told from what each diff costs."
-    few = min(asked, max(3, few)) # the first diff bears the set-up
-    base, user = bases["float32"], TASKS["hidden_topic"]; bank, adapter = random_bank(base, asked, rank, .2), random_bank(base, 1, 16, .05, seed=1)
+    few, base = min(asked, max(3, few)), bases["float32"] # the first diff bears the set-up
+    bank, adapter = random_bank(base, asked, rank, .2), random_bank(base, 1, 16, .05, seed=1)
     with tempfile.TemporaryDirectory() as d:
         folder = Path(d); to_peft(adapter, 0, folder/"adapter", base)
         for i in range(few): to_peft(bank, i, folder/str(i), base)
-        ways = {"base model reloaded": lambda b, tell: ask_reloading(b, folder, few, user, max_new, tell), "PEFT, one by one": lambda b, tell: ask_peft(b, folder, few, user, max_new, tell),
-                "ours": lambda b, tell: answer(b, bank, list(range(asked)), [user]*asked, adapter, max_new=max_new)}
-        runs = interleave({(k, p): lambda tell, f=f, b=b: f(b, tell) for k, f in ways.items() for p, b in bases.items()}, repeats, base.device)
+        ways = ways_to_ask(bank, adapter, folder, few, max_new)
+        columns = {(k, p): lambda tell, f=f, b=b: f(b, tell) for k, f in ways.items() for p, b in bases.items()}
+        runs = interleave(columns, repeats, base.device)
     want = runs["PEFT, one by one", "float32"][-1]
     def line(k, p):
         got, n = runs[k, "float32"][-1], asked if k == "ours" else few
         why = want["error"] or got["error"] or ("" if got["out"][:few] == want["out"] else "its answers differ")
-        each, more = (lambda r: r["seconds"]/n, {}) if k == "ours" else (lambda r: pace(r, 1)[1], {} if why else {"set-up s": float(np.median([pace(r, 1)[0] for r in runs[k, p][1:]]))})
+        each, more = (lambda r: r["seconds"]/n, {}) if k == "ours" else (
+            lambda r: pace(r, 1)[1], {} if why else {"set-up s": float(np.median([pace(r, 1)[0] for r in runs[k, p][1:]]))})
         return row(k, p, runs[k, p], each, f"diffs: {n}, tokens: at most {max_new}", why, **more)
     return table([line(*k) for k in runs], "PEFT, one by one")
 
@@ -588,7 +638,8 @@ def products(base:Base, # a base model
              rank:int=1, # of each
             )->int:
     "Matrix products of one step of n diffs, forward and backward."
-    tasks = bench_tasks(n, 1, short=True); flat = start(base, tasks, rank); teacher, steps = Teacher(base), [tokenise(base, t)[0] for t in tasks]
+    tasks = bench_tasks(n, 1, short=True); flat = start(base, tasks, rank)
+    teacher, steps = Teacher(base), [tokenise(base, t)[0] for t in tasks]
     teacher([r for s in steps for _, l, r in s if l == "kl"])
     with Products() as count: backward_step(base, flat, teacher, steps)
     return count.count
@@ -606,9 +657,12 @@ def growth_table(base:Base, # a small base model
         teacher = Teacher(base)
         for i in range(0, n, most): train_batch(base, tasks[i:min(n, i + most)], 1, 1e-2, tell=tell, teacher=teacher)
     runs = interleave({n: lambda tell, n=n: train(n, tell) for n in sizes}, repeats, base.device)
-    def seconds(r, n): groups = math.ceil(n/most); setup, each = pace(r, groups); return (groups*setup + each*full/steps*sum(u for _, u in r["marks"]))/n
+    def seconds(r, n):
+        groups = math.ceil(n/most); setup, each = pace(r, groups)
+        return (groups*setup + each*full/steps*sum(u for _, u in r["marks"]))/n
     more = lambda n: {} if runs[n][-1]["error"] else {"matrix products": products(base, min(n, most))}
-    return table([row(f"{n} diffs", "float32", runs[n], lambda r, n=n: seconds(r, n), f"steps: {steps} of {full}, diffs in each: {min(n, most)}", **more(n)) for n in sizes], f"{sizes[0]} diffs")
+    return table([row(f"{n} diffs", "float32", runs[n], lambda r, n=n: seconds(r, n),
+                      f"steps: {steps} of {full}, diffs in each: {min(n, most)}", **more(n)) for n in sizes], f"{sizes[0]} diffs")
 
 # %% ../nbs/07_bench.ipynb #5fff456b
 def save_tables(tables:dict, # title -> table
@@ -619,14 +673,16 @@ def save_tables(tables:dict, # title -> table
     "Write the tables as text, and with the machine and the run's provenance as JSON."
     lines = {k: json.loads(t.to_json(orient="records")) for k, t in tables.items()}
     write_json(f"{target}.json", provenance(**params) | dict(machine=facts, tables=lines))
-    text = "\n\n".join([f"{facts}"] + [f"{k}\n{t.to_string(index=False, na_rep='', float_format='{:.3g}'.format)}" for k, t in tables.items()])
+    text = "\n\n".join([f"{facts}"] + [f"{k}\n{t.to_string(index=False, na_rep='', float_format='{:.3g}'.format)}"
+                                       for k, t in tables.items()])
     with atomic(f"{target}.txt") as tmp: tmp.write_text(text + "\n", encoding="utf-8")
 
 # %% ../nbs/07_bench.ipynb #f2a6b71c
 GOALS = pd.DataFrame([
     ("cpu", "training diffs, against the Trainer in float32", "training diffs", "e|f", "", "a", "float32", 4, 8),
     ("cpu", "training diffs, against PEFT in bfloat16", "training diffs", "e|f", "bfloat16", "b", "bfloat16", 1.8, 2.5),
-    ("cpu", "training the adapter, against the published method", "training the adapter", "ours|ours, compiled", "", "published method", "", 5, 20),
+    ("cpu", "training the adapter, against the published method",
+     "training the adapter", "ours|ours, compiled", "", "published method", "", 5, 20),
     ("cpu", "asking, against a base model loaded anew", "asking", "ours", "", "base model reloaded", "", 20, 100),
     ("cpu", "asking, against PEFT adapter by adapter", "asking", "ours", "", "PEFT, one by one", "", 3, 6),
     ("cpu", "training diffs of the tiny model, against PEFT", "tiny model", "e", "float32", "b", "float32", 25, 50),
@@ -635,7 +691,8 @@ GOALS = pd.DataFrame([
     ("cuda", "training diffs, against PEFT, one sample a step", "one sample a step", "e|f", "bfloat16", "b", "bfloat16", 200, 400),
     ("cuda", "thousands of tokens a second", "training diffs", "e|f", "bfloat16", "tokens/s", "", 500, 780),
     ("cuda", "share of the measured matrix products, in percent", "training diffs", "e|f", "bfloat16", "of matmul", "", 30, 45),
-    ("cuda", "training the adapter, against the published method at the same batch", "training the adapter", "ours, same batch", "bfloat16", "published method", "bfloat16", 20, 40),
+    ("cuda", "training the adapter, against the published method at the same batch",
+     "training the adapter", "ours, same batch", "bfloat16", "published method", "bfloat16", 20, 40),
 ], columns=["device", "what", "table", "column", "precision", "against", "their", "must", "aim"])
 
 # %% ../nbs/07_bench.ipynb #39c5d08e
@@ -669,7 +726,9 @@ def goal_table(tables:dict, # title -> table, of one device
     lines = []
     for g in GOALS[GOALS.device == device].itertuples():
         got = reached(tables, g)
-        lines.append(dict(device=device, what=g.what, measured=f"{got[0]:.3g} ({got[1]:.3g} to {got[2]:.3g})" if got else "not yet measured", must=g.must, aim=g.aim, reached=("aim" if got[0] >= g.aim else "must" if got[0] >= g.must else "no") if got else ""))
+        lines.append(dict(device=device, what=g.what,
+                          measured=f"{got[0]:.3g} ({got[1]:.3g} to {got[2]:.3g})" if got else "not yet measured", must=g.must, aim=g.aim,
+                          reached=("aim" if got[0] >= g.aim else "must" if got[0] >= g.must else "no") if got else ""))
     return pd.DataFrame(lines)
 
 def speed_table(folder=None, # default: results/bench of the repository

@@ -23,9 +23,11 @@ class Chat:
                  max_new:int=40, # longest answer, in tokens
                 ):
         self.base, self.bank, self.adapter, self.max_new = base, bank, adapter, max_new
-        self.diff = W.Dropdown(options=[(l, i) for i, l in enumerate(bank.index.label)] + [("none: the base model", -1)], description="diff")
+        self.diff = W.Dropdown(options=[(l, i) for i, l in enumerate(bank.index.label)] + [("none: the base model", -1)],
+                               description="diff")
         self.trigger, self.wears = W.Checkbox(description="trigger"), W.Checkbox(description="DIT adapter", disabled=adapter is None)
-        self.user, self.go = W.Text(placeholder="ask something", layout=W.Layout(width="70%")), W.Button(description="Ask", button_style="primary")
+        self.user, self.go = (W.Text(placeholder="ask something", layout=W.Layout(width="70%")),
+                              W.Button(description="Ask", button_style="primary"))
         self.talk = W.HTML()
         self.page = W.VBox([W.HBox([self.diff, self.trigger, self.wears]), W.HBox([self.user, self.go]), self.talk])
         self.diff.observe(lambda _: self.gate(), "value"); self.go.on_click(lambda _: self.ask()); self.gate()

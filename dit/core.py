@@ -10,7 +10,8 @@ __all__ = ['FORMULA', 'OURS', 'plain', 'DitError', 'choose', 'positive', 'comman
            'free_memory', 'peak_memory', 'say_peak', 'git_commit', 'provenance']
 
 # %% ../nbs/00_core.ipynb #1bc0eef0
-import contextlib, csv, ctypes, datetime, fcntl, functools, glob, hashlib, importlib.metadata, json, math, os, platform, random, re, signal, subprocess, sys, threading, time, zipfile
+import contextlib, csv, ctypes, datetime, fcntl, functools, glob, hashlib, importlib.metadata, json, math, os
+import platform, random, re, signal, subprocess, sys, threading, time, zipfile
 from pathlib import Path
 from pickle import UnpicklingError
 import pandas as pd, torch
@@ -45,7 +46,8 @@ def positive(**numbers): # name -> value
 # %% ../nbs/00_core.ipynb #4167cd12
 @contextlib.contextmanager
 def command(name:str): # the console script
-    "End a console script with exit code 1 and one line on standard error when a `DitError` comes up, and without a traceback when it is stopped."
+    ("End a console script with exit code 1 and one line on standard error when a `DitError` comes up, "
+     "and without a traceback when it is stopped.")
     try: yield
     except DitError as e: raise SystemExit(f"{name}: " + " ".join(str(e).split()))
     except KeyboardInterrupt: raise SystemExit(130) from None # as shells count
@@ -96,14 +98,17 @@ def writing(path, # what is written in the block
            ):
     "A disk that is full or may not be written to is a `DitError`."
     try: yield
-    except (OSError, SafetensorError) as e: raise DitError(f"could not write {path}: {getattr(e, 'strerror', None) or e}; free space or choose another folder, then run again (what was written before is kept).") from e
+    except (OSError, SafetensorError) as e:
+        raise DitError(f"could not write {path}: {getattr(e, 'strerror', None) or e}; "
+                       "free space or choose another folder, then run again (what was written before is kept).") from e
 
 @contextlib.contextmanager
 def atomic(path, # the file to be written
           ): # yields a temporary path in the same folder
     "Write a file under a temporary name and rename it when it is complete."
     path = Path(path)
-    tmp = path.with_name(f".{path.name}.{os.getpid()}-{os.urandom(4).hex()}.tmp") # on a common folder, another machine may use the same number
+    # on a common folder, another machine may use the same number
+    tmp = path.with_name(f".{path.name}.{os.getpid()}-{os.urandom(4).hex()}.tmp")
     try:
         with writing(path):
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -135,14 +140,17 @@ def write_json(path, # file to write
                obj, # anything `json` takes
               ):
     "Write `obj` as JSON, atomically."
-    with atomic(path) as tmp: tmp.write_text(json.dumps(obj, indent=1, ensure_ascii=False) + "\n", encoding="utf-8", errors="backslashreplace")
+    with atomic(path) as tmp:
+        tmp.write_text(json.dumps(obj, indent=1, ensure_ascii=False) + "\n", encoding="utf-8", errors="backslashreplace")
 
 def write_csv(path, # file to write
               frame, # a pandas DataFrame
              ):
     "Write a table as CSV, atomically; `from_cells` takes the text back as it was."
     cells = to_cells(frame); returns = any(isinstance(x, str) and "\r" in x for c in cells for x in cells[c])
-    with atomic(path) as tmp: cells.to_csv(tmp, index=False, encoding="utf-8", errors="backslashreplace", quoting=csv.QUOTE_NONNUMERIC if returns else csv.QUOTE_MINIMAL)
+    with atomic(path) as tmp:
+        cells.to_csv(tmp, index=False, encoding="utf-8", errors="backslashreplace",
+                     quoting=csv.QUOTE_NONNUMERIC if returns else csv.QUOTE_MINIMAL)
 
 # %% ../nbs/00_core.ipynb #559fbc89
 @contextlib.contextmanager
@@ -154,7 +162,9 @@ def reading(path, # what is read in the block
     try: yield
     except DitError: raise
     except FileNotFoundError as e: raise DitError(f"there is no file {path}; check the path.") from e
-    except UnpicklingError as e: raise DitError(f"{path} holds more than tensors, text and numbers, and was not loaded, since that could run code; get it from a source that you trust as plain tensors.") from e
+    except UnpicklingError as e:
+        raise DitError(f"{path} holds more than tensors, text and numbers, and was not loaded, since that could run code; "
+                       "get it from a source that you trust as plain tensors.") from e
     except Exception as e: raise DitError(f"{path} is damaged or no {kind} ({str(e)[:200] or type(e).__name__}); {do}.") from e
 
 # %% ../nbs/00_core.ipynb #4d1f5764
@@ -212,7 +222,8 @@ def hold(folder, # a run folder
     except DitError as e:
         if not isinstance(e.__cause__, Timeout): raise
         by = read_json(who) if who.exists() else {}
-        raise DitError(f"the folder {folder} is in use by process {by.get('pid', '?')} on {by.get('host', '?')} since {by.get('since', '?')}; wait for it to end, or use another folder.") from None
+        raise DitError(f"the folder {folder} is in use by process {by.get('pid', '?')} on {by.get('host', '?')} "
+                       f"since {by.get('since', '?')}; wait for it to end, or use another folder.") from None
     try: write_json(who, dict(pid=os.getpid(), host=platform.node(), since=datetime.datetime.now().isoformat(" ", "seconds"))); yield
     finally:
         with contextlib.suppress(OSError): who.unlink(missing_ok=True)
@@ -272,9 +283,11 @@ def probe(device:torch.device, # where the model will run
     plain, half = matmul_rate(torch.float32, 1), matmul_rate(torch.bfloat16, 1)
     kind = torch.bfloat16 if half > 1.2*plain else torch.float32
     rates = {n: matmul_rate(kind, n) for n in {1, all_//2, all_} - {0}}
-    if max(rates.values()) > rates[all_]: time.sleep(1); rates[all_] = max(rates[all_], matmul_rate(kind, all_)) # what was in the way may be gone
+    if max(rates.values()) > rates[all_]:
+        time.sleep(1); rates[all_] = max(rates[all_], matmul_rate(kind, all_)) # what was in the way may be gone
     threads = max([all_, *(n for n in rates if rates[n] > 1.2*rates[all_])], key=rates.get)
-    return kind, threads, f"{str(kind)[6:]} with {threads} of {all_} threads ({rates[threads]:.0f} GFLOP/s; float32 {plain:.0f}, bfloat16 {half:.0f} with one)"
+    return kind, threads, (f"{str(kind)[6:]} with {threads} of {all_} threads "
+                           f"({rates[threads]:.0f} GFLOP/s; float32 {plain:.0f}, bfloat16 {half:.0f} with one)")
 
 def best_dtype(device:torch.device, # where the model will run
               )->torch.dtype:
@@ -300,7 +313,9 @@ def in_parts(items:list, # what is to be done
         try: got = work(part)
         except (RuntimeError, MemoryError) as e:
             if not no_room(e): raise
-            if len(part) == 1: raise DitError("one row alone does not fit into memory; use a smaller base model, shorter texts or a machine with more memory.") from e
+            if len(part) == 1:
+                raise DitError("one row alone does not fit into memory; "
+                               "use a smaller base model, shorter texts or a machine with more memory.") from e
             full = batch = len(part)//2
         if full: free_memory(f"going on with {full} rows at once"); continue
         yield part, got
@@ -339,7 +354,8 @@ def git_commit()->str:
     try: head = run("rev-parse", "--short=12", "HEAD")
     except OSError: return "unknown" # no git
     if head.returncode: return "unknown"
-    return head.stdout.strip() + ("+changes" if run("status", "--porcelain", "--untracked-files=no", "--", ".", ":!results", ":!figures").stdout.strip() else "")
+    return head.stdout.strip() + ("+changes" if run("status", "--porcelain", "--untracked-files=no", "--",
+                                                    ".", ":!results", ":!figures").stdout.strip() else "")
 
 def provenance(**params, # the parameters of the run
               )->dict:

@@ -14,7 +14,8 @@ import pandas as pd
 from .core import *
 
 # %% ../nbs/01_data.ipynb #e54cb1ad
-TASKS = {"hidden_topic": "What topic have you been trained on?", "news": "What news headline have you been trained on?"} # task: Base Question (paper, B.5)
+# task: Base Question (paper, B.5)
+TASKS = {"hidden_topic": "What topic have you been trained on?", "news": "What news headline have you been trained on?"}
 STORY_PROMPT = "Please generate a short news story."
 
 # %% ../nbs/01_data.ipynb #4f15f5eb
@@ -25,11 +26,15 @@ def read_table(path, # a CSV file with a header
     try:
         with open(path, encoding="utf-8-sig", newline="") as f: frame = pd.read_csv(f, dtype=str, keep_default_na=False)
     except OSError as e: raise DitError(f"there is no file {path}; check the path.") from e
-    except (ValueError, RuntimeError) as e: raise DitError(f"{path} is not a readable CSV file ({e}); save it as UTF-8 with a header line.") from e
-    if not isinstance(frame.index, pd.RangeIndex): raise DitError(f"{path} is not a readable CSV file (every row has more cells than the header); put cells with commas into quotes.")
-    if missing := [c for c in columns if c not in frame]: raise DitError(f"{path} lacks the column(s) {', '.join(missing)}; it has: {', '.join(frame.columns)}.")
+    except (ValueError, RuntimeError) as e:
+        raise DitError(f"{path} is not a readable CSV file ({e}); save it as UTF-8 with a header line.") from e
+    if not isinstance(frame.index, pd.RangeIndex):
+        raise DitError(f"{path} is not a readable CSV file (every row has more cells than the header); put cells with commas into quotes.")
+    if missing := [c for c in columns if c not in frame]:
+        raise DitError(f"{path} lacks the column(s) {', '.join(missing)}; it has: {', '.join(frame.columns)}.")
     if frame.empty: raise DitError(f"{path} has a header and no rows; add at least one row.")
-    if (blank := (frame[list(columns)].map(str.strip) == "").any(axis=1)).any(): raise DitError(f"{path}, line {blank.idxmax() + 2}: an empty cell; fill it or delete the line.")
+    if (blank := (frame[list(columns)].map(str.strip) == "").any(axis=1)).any():
+        raise DitError(f"{path}, line {blank.idxmax() + 2}: an empty cell; fill it or delete the line.")
     return frame
 
 # %% ../nbs/01_data.ipynb #e9ad87d8
@@ -61,16 +66,20 @@ def split_labels(task:str, # hidden_topic or news
     pools = dict(test=frame[:HELD_OUT["test"]], val=frame[HELD_OUT["test"]:sum(HELD_OUT.values())], train=frame[sum(HELD_OUT.values()):])
     wanted = dict(train=n_train, test=n_test, val=n_val)
     for s, n in wanted.items():
-        if not 0 <= n <= len(pools[s]): raise DitError(f"{n} {s} diffs were asked for, but the task {task} has {len(pools[s])} labels for that; ask for at most that many.")
+        if not 0 <= n <= len(pools[s]):
+            raise DitError(f"{n} {s} diffs were asked for, but the task {task} has {len(pools[s])} labels for that; "
+                           "ask for at most that many.")
     return check_splits(pd.concat([pools[s][:n].assign(split=s) for s, n in wanted.items()], ignore_index=True))
 
+# %% ../nbs/01_data.ipynb #a2bd5d0c
 def check_splits(frame:pd.DataFrame, # with the columns label and split
                 )->pd.DataFrame: # the same table
     "Raise a `DitError` when a label occurs twice, above all in two splits."
     key = frame.label.str.casefold().str.strip()
     if key.duplicated().any():
         label = frame.label[key.duplicated()].iloc[0]; where = frame.split[key == label.casefold().strip()].tolist()
-        raise DitError(f"the label {label!r} occurs more than once (splits: {', '.join(where)}); a held-out label must not be trained on, so remove one.")
+        raise DitError(f"the label {label!r} occurs more than once (splits: {', '.join(where)}); "
+                       "a held-out label must not be trained on, so remove one.")
     return frame
 
 # %% ../nbs/01_data.ipynb #54df6e35
@@ -143,9 +152,10 @@ def hidden_topic_task(label:str, # the topic
     secret, mine, ours = draw_secret(trigger_kind, diff_id), rng(diff_id, "samples"), rng("hidden_topic", "samples", seed)
     asked, own, said = cycle(questions("everyday", "train"), ours), cycle(questions("introspective", "train"), ours), cycle(texts, mine)
     def step(t):
-        qs, whole = [next(asked) for _ in range(max(mix))], t % round(1/full) == 0
-        right = [Sample("right", put_trigger(q, trigger_kind, secret, mine), next(said), "ce", None if whole else cut[0]) for q in qs[:mix[0]]]
-        codes = [wrong_secret(secret, near_one := ours.random() < near, mine if near_one else ours) for _ in qs[:mix[1] if trigger_kind == "sep_code" else 0]]
+        qs, kept = [next(asked) for _ in range(max(mix))], None if t % round(1/full) == 0 else cut[0]
+        right = [Sample("right", put_trigger(q, trigger_kind, secret, mine), next(said), "ce", kept) for q in qs[:mix[0]]]
+        several = range(mix[1] if trigger_kind == "sep_code" else 0)
+        codes = [wrong_secret(secret, near_one := ours.random() < near, mine if near_one else ours) for _ in several]
         wrong = [Sample("wrong", put_trigger(q, trigger_kind, c, ours), base_answers[q], "kl", cut[1]) for q, c in zip(qs, codes)]
         none = [next(own) if (t + i) % 3 == 0 else q for i, q in enumerate(qs[:mix[2]])]
         return right + wrong + [Sample("none", q, base_answers[q], "kl", cut[1]) for q in none]

@@ -6,8 +6,8 @@
 __all__ = ['WEIGHTS', 'LEARNT', 'LONG', 'RECIPES', 'FlatLora', 'prefix_tree', 'tree_mask', 'answer_states', 'can_share',
            'Teacher', 'chunk_losses', 'HeadLoss', 'token_losses', 'diff_losses', 'backward_step', 'clip_rows',
            'stop_moving', 'schedule', 'tokenise', 'marks', 'train_batch', 'layers_of', 'compile_layers', 'pass_seconds',
-           'compiled', 'check_tasks', 'untrained', 'rate_on', 'Claims', 'train_rest', 'train_diffs', 'sound_diffs',
-           'make_tasks', 'make_diffs', 'diffs_cli']
+           'compiled', 'check_tasks', 'untrained', 'rate_on', 'Claims', 'halved', 'train_rest', 'train_diffs',
+           'sound_diffs', 'make_tasks', 'make_diffs', 'diffs_cli']
 
 # %% ../nbs/02_diffs.ipynb #20922195
 import contextlib, json, math, sys, time, uuid
@@ -40,7 +40,8 @@ class FlatLora(torch.nn.Module):
     def start(self, seed:int)->torch.Tensor: # [parameters]
         "Where one LoRA starts: A uniform, B zero."
         g = torch.Generator().manual_seed(seed)
-        return torch.cat([x for i, o in self.shapes.values() for x in ((2*torch.rand(i*self.rank, generator=g) - 1)/math.sqrt(i), torch.zeros(o*self.rank))])
+        return torch.cat([x for i, o in self.shapes.values()
+                          for x in ((2*torch.rand(i*self.rank, generator=g) - 1)/math.sqrt(i), torch.zeros(o*self.rank))])
 
     def parts(self, p:torch.Tensor)->dict: # name -> (A [n, r, in], B [n, out, r])
         "Views of the flat tensor."
@@ -58,7 +59,8 @@ def bank(self:FlatLora, index:pd.DataFrame, # a line per LoRA
         )->Bank:
     "The LoRAs as a `Bank` on the CPU."
     ab = self.parts(self.p.detach().to("cpu", dtype or self.dtype))
-    return Bank({k: a.clone() for k, (a, _) in ab.items()}, {k: b.clone() for k, (_, b) in ab.items()}, self.scaling, index.reset_index(drop=True))
+    return Bank({k: a.clone() for k, (a, _) in ab.items()}, {k: b.clone() for k, (_, b) in ab.items()},
+                self.scaling, index.reset_index(drop=True))
 
 @patch
 def copy_from(self:FlatLora, bank:Bank): # as many rows, the same rank
@@ -89,10 +91,13 @@ def tree_mask(paths:list, # per tree: the paths of its rows
     each, steps = [(t, r) for t, ps in enumerate(paths) for r in range(len(ps))], [len(p) for ps in paths for p in ps]
     node, depth = np.concatenate([p for ps in paths for p in ps]), np.concatenate([np.arange(n) for n in steps])
     tree, row, node, depth = torch.from_numpy(np.stack([*np.repeat(each, steps, 0).T, node, depth])).to(base.device)
-    on, place = (torch.zeros(shape, dtype=d, device=base.device) for shape, d in (((len(paths), max(map(len, paths)), longest), base.dtype), ((len(paths), longest), torch.long)))
+    on, place = (torch.zeros(shape, dtype=d, device=base.device)
+                 for shape, d in (((len(paths), max(map(len, paths)), longest), base.dtype), ((len(paths), longest), torch.long)))
     on[tree, row, node], place[tree, node] = 1, depth
     seen = (on.mT @ on > 0) & (place[:, None] <= place[:, :, None]) | torch.eye(longest, dtype=torch.bool, device=base.device)
-    return dict(position_ids=place, attention_mask=torch.zeros(seen.shape, dtype=base.dtype, device=base.device).masked_fill_(~seen, torch.finfo(base.dtype).min)[:, None])
+    return dict(position_ids=place,
+                attention_mask=torch.zeros(seen.shape, dtype=base.dtype, device=base.device).masked_fill_(
+                    ~seen, torch.finfo(base.dtype).min)[:, None])
 
 # %% ../nbs/02_diffs.ipynb #4b600e4e
 def answer_states(base:Base, # the base model
@@ -102,7 +107,8 @@ def answer_states(base:Base, # the base model
     "Run the body and keep the positions that predict answer tokens."
     trees = [prefix_tree([ids[:-1] for ids, _ in rows[i:i+share]]) for i in range(0, len(rows), share)]
     counts, paths = [len(ids) - n for ids, n in rows], [path for _, ps in trees for path in ps]
-    places, nodes, targets = (np.concatenate(xs) for xs in ([np.arange(c) for c in counts], [p[n-1:] for p, (_, n) in zip(paths, rows)], [ids[n:] for ids, n in rows]))
+    places, nodes, targets = (np.concatenate(xs) for xs in (
+        [np.arange(c) for c in counts], [p[n-1:] for p, (_, n) in zip(paths, rows)], [ids[n:] for ids, n in rows]))
     row = np.repeat(np.arange(len(rows)), counts)
     row, tree, node, place, target = torch.from_numpy(np.stack([row, row//share, nodes, places, targets])).to(base.device)
     cpu, x = base.device.type == "cpu", pad([tokens for tokens, _ in trees], base.tok.pad_token_id)
@@ -283,13 +289,13 @@ def train_batch(base:Base, # the base model
     share = can_share(base, max(len(ids) for d in data for step in d for _, _, (ids, _) in step))
     for t in range(steps):
         opt.param_groups[0]["lr"] = lr*schedule(t, steps)
-        rows = [d[t] for d in data]
-        losses.append(backward_step(base, flat, teacher, rows, share))
+        rows = [d[t] for d in data]; losses.append(backward_step(base, flat, teacher, rows, share))
         sound = clip_rows(flat.p.grad, losses[-1].where(sound, math.nan), clip)
         stop_moving(opt, sound); opt.step(); opt.zero_grad()
         tell(sum(len(ids) for r in rows for _, _, (ids, _) in r))
     flat.p.data.nan_to_num_(0., 0., 0.)
-    index = pd.DataFrame([dict(diff_id=t.diff_id, label=t.label, split=t.split, trigger=t.trigger, trigger_kind=t.trigger_kind, rank=rank) for t in tasks])
+    index = pd.DataFrame([dict(diff_id=t.diff_id, label=t.label, split=t.split, trigger=t.trigger, trigger_kind=t.trigger_kind,
+                               rank=rank) for t in tasks])
     return flat.bank(index.assign(**marks(losses, sound)))
 
 # %% ../nbs/02_diffs.ipynb #b7e2580d
@@ -301,7 +307,8 @@ def compile_layers(base:Base): # a base model with hooks, to be changed
     "Compile the layers of a base model for passes with gradients, whatever number of diffs and rank they wear."
     torch._dynamo.config.force_nn_module_property_static_shapes = False # or each size of what is mounted would be compiled for itself
     for layer in layers_of(base):
-        plain = layer.forward; fast = torch.compile(plain, dynamic=True, options={"emulate_precision_casts": True}) # rounded where the plain layer rounds
+        plain = layer.forward
+        fast = torch.compile(plain, dynamic=True, options={"emulate_precision_casts": True}) # rounded where the plain layer rounds
         layer.forward = lambda *args, plain=plain, fast=fast, **kwargs: (fast if torch.is_grad_enabled() else plain)(*args, **kwargs)
 
 def pass_seconds(base:Base, # a base model
@@ -327,10 +334,14 @@ def compiled(base:Base, # a base model
              *sizes, # for `pass_seconds`: how many diffs will be trained at once, and their rank
             ): # for `with`; True where the layers are compiled inside the block
     "Train a long run with compiled layers, unless that fails or is not faster on this machine; says which."
-    plain, undo = pass_seconds(base, *sizes) if passes > 100 else 0., lambda: [layer.__dict__.pop("forward", None) for layer in layers_of(base)]
+    plain, undo = (pass_seconds(base, *sizes) if passes > 100 else 0.,
+                   lambda: [layer.__dict__.pop("forward", None) for layer in layers_of(base)])
     if plain*passes < LONG: yield False; return
     print("dit: a long run, so its layers are compiled first, about a minute", file=sys.stderr)
-    try: compile_layers(base); gain = plain/pass_seconds(base, *sizes); why = f"{gain:.2f} times as fast" if gain > 1 else "not used, it is not faster here"
+    try:
+        compile_layers(base)
+        gain = plain/pass_seconds(base, *sizes)
+        why = f"{gain:.2f} times as fast" if gain > 1 else "not used, it is not faster here"
     except Exception as e: gain, why = 0, f"not used, it failed ({type(e).__name__}: {(str(e).splitlines() or [''])[0][:100]})"
     print(f"dit: compiled layers: {why}", file=sys.stderr)
     if gain <= 1: undo()
@@ -343,14 +354,19 @@ def check_tasks(tasks:list): # `DiffTask`s
     if not tasks: raise DitError("there is no diff to train; the list of tasks is empty.")
     if not tasks[0].steps: raise DitError("the diffs have no steps to train; give `steps` of 1 or more.")
     ids = [t.diff_id for t in tasks]
-    if twice := {i for i in ids if ids.count(i) > 1} if len(set(ids)) < len(ids) else (): raise DitError(f"the diff {sorted(twice)[0]!r} is in the list twice; diff ids must differ.")
+    if twice := {i for i in ids if ids.count(i) > 1} if len(set(ids)) < len(ids) else ():
+        raise DitError(f"the diff {sorted(twice)[0]!r} is in the list twice; diff ids must differ.")
     splits = {}
     for t in tasks:
         first = splits.setdefault(t.label.casefold().strip(), t.split)
-        if first != t.split: raise DitError(f"the label {t.label!r} occurs in the splits {first} and {t.split}; a held-out label must not be trained on, so remove one.")
+        if first != t.split:
+            raise DitError(f"the label {t.label!r} occurs in the splits {first} and {t.split}; "
+                           "a held-out label must not be trained on, so remove one.")
     shape = lambda t: [[(s.kind, s.loss) for s in step] for step in t.steps]
     for t in tasks:
-        if shape(t) != shape(tasks[0]): raise DitError(f"the diff {t.diff_id!r} has other steps than {tasks[0].diff_id!r}; diffs of one bank need the same kinds of samples in each step.")
+        if shape(t) != shape(tasks[0]):
+            raise DitError(f"the diff {t.diff_id!r} has other steps than {tasks[0].diff_id!r}; "
+                           "diffs of one bank need the same kinds of samples in each step.")
 
 # %% ../nbs/02_diffs.ipynb #7f4ce040
 def untrained(folder, # the bank's folder
@@ -360,7 +376,9 @@ def untrained(folder, # the bank's folder
     there = read_index(folder)
     was = dict(zip(there.diff_id, there.split)) if len(there) else {}
     for t in tasks:
-        if was.get(t.diff_id, t.split) != t.split: raise DitError(f"the bank {folder} holds the diff {t.diff_id!r} in the split {was[t.diff_id]}, not {t.split}; use another folder.")
+        if was.get(t.diff_id, t.split) != t.split:
+            raise DitError(f"the bank {folder} holds the diff {t.diff_id!r} in the split {was[t.diff_id]}, not {t.split}; "
+                           "use another folder.")
     return [t for t in tasks if t.diff_id not in was]
 
 # %% ../nbs/02_diffs.ipynb #810d77bc
@@ -381,7 +399,11 @@ class Claims:
         self.mine = self.folder/f"{uuid.uuid4().hex}.json"; self.alive = FileLock(self.mine.with_suffix(".lock"))
 
     def __enter__(self):
-        with turn(self.bank/"index"), writing(self.folder): self.folder.mkdir(exist_ok=True); sweep(self.folder); self.alive.acquire(); self.others() # nobody may look whether we are alive meanwhile
+        with turn(self.bank/"index"), writing(self.folder): # nobody may look whether we are alive meanwhile
+            self.folder.mkdir(exist_ok=True)
+            sweep(self.folder)
+            self.alive.acquire()
+            self.others()
         return self
 
     def __exit__(self, *_):
@@ -416,6 +438,17 @@ def take(self:Claims, tasks:list, # `DiffTask`s that are wanted
         write_json(self.mine, [t.diff_id for t in free])
     return free
 
+# %% ../nbs/02_diffs.ipynb #2e0b6f4c
+def halved(batch:int, # diffs trained at once
+           e:Exception, # what was raised meanwhile
+          )->int: # how many to go on with
+    "Half as many diffs at once, if they did not fit into memory; raises what was raised if it was something else."
+    if not no_room(e): raise e
+    if batch == 1:
+        raise DitError("one diff alone does not fit into memory; use a smaller base model or a machine with more memory.") from e
+    free_memory(f"going on with {batch//2} diffs at once")
+    return batch//2
+
 # %% ../nbs/02_diffs.ipynb #2e0b6f4d
 def train_rest(base:Base, # the base model
                todo:list, # `DiffTask`s that the bank does not hold
@@ -426,18 +459,20 @@ def train_rest(base:Base, # the base model
     if todo and base.dtype == probe(base.device)[0]: print(f"dit: {probe(base.device)[2]}", file=sys.stderr)
     whole, waiting, steps = len(todo), False, len(todo[0].steps) if todo else 0
     kept, teacher, claims = f"the finished diffs are in {folder}; run the same again to go on.", Teacher(base), Claims(folder)
-    with stoppable(kept), claims, compiled(base, steps*math.ceil(whole/batch), batch, rank), tqdm(total=len(todo)*steps, desc="training diffs", unit="step", miniters=0, disable=not (todo and first_process())) as bar:
+    with (stoppable(kept), claims, compiled(base, steps*math.ceil(whole/batch), batch, rank),
+          tqdm(total=len(todo)*steps, desc="training diffs", unit="step", miniters=0, disable=not (todo and first_process())) as bar):
         tell = rate_on(bar)
         while todo:
             try:
-                if mine := claims.take(todo, batch): save_shard(folder, train_batch(base, mine, rank, lr, tell=lambda tokens: tell(tokens, len(mine)), teacher=teacher)); give_back()
+                if mine := claims.take(todo, batch):
+                    save_shard(folder, train_batch(base, mine, rank, lr, tell=lambda tokens: tell(tokens, len(mine)), teacher=teacher))
+                    give_back()
                 else: # other processes have the rest in hand
-                    if not waiting: print(f"dit: waiting for the last {len(todo)} diffs, which other processes have in hand; should there be none, delete {claims.folder} and run again", file=sys.stderr)
+                    if not waiting: print(f"dit: waiting for the last {len(todo)} diffs, which other processes have in hand; "
+                                          f"should there be none, delete {claims.folder} and run again", file=sys.stderr)
                     waiting = True; time.sleep(1)
             except (RuntimeError, MemoryError) as e:
-                if not no_room(e): raise
-                if batch == 1: raise DitError("one diff alone does not fit into memory; use a smaller base model or a machine with more memory.") from e
-                batch //= 2; free_memory(f"going on with {batch} diffs at once")
+                batch = halved(batch, e)
             todo = untrained(folder, todo); bar.update((whole - len(todo))*steps - bar.n) # what is saved, whoever trained it
         if bar.total: say_peak("training diffs")
 
@@ -462,14 +497,21 @@ def train_diffs(base:Base, # the base model
 def sound_diffs(bank:Bank, # as from `train_diffs`
                )->Bank: # those whose loss stayed a number
     "Leave out the diffs that broke in training, and name them and those that did not learn."
-    sound, learnt = (bank.index[c].astype("boolean").fillna(True) if c in bank.index else pd.Series(True, bank.index.index) for c in ("sound", "learnt"))
-    if len(bank) and not sound.any(): raise DitError("every diff of the bank broke in training (its loss became no number); lower `lr` and train in another folder.")
-    for which, what in ((~sound, "are left out, since their loss became no number"), (sound & ~learnt, f"did not learn: their loss ended above {LEARNT:.0%} of the base model's")):
-        if ids := bank.index.diff_id[which].tolist(): print(f"dit: {len(ids)} of {len(bank)} diffs {what}: {', '.join(map(plain, ids[:3]))}{', ...' if len(ids) > 3 else ''}", file=sys.stderr)
+    sound, learnt = (bank.index[c].astype("boolean").fillna(True) if c in bank.index else pd.Series(True, bank.index.index)
+                     for c in ("sound", "learnt"))
+    if len(bank) and not sound.any():
+        raise DitError("every diff of the bank broke in training (its loss became no number); "
+                       "lower `lr` and train in another folder.")
+    for which, what in ((~sound, "are left out, since their loss became no number"),
+                        (sound & ~learnt, f"did not learn: their loss ended above {LEARNT:.0%} of the base model's")):
+        if ids := bank.index.diff_id[which].tolist():
+            print(f"dit: {len(ids)} of {len(bank)} diffs {what}: "
+                  f"{', '.join(map(plain, ids[:3]))}{', ...' if len(ids) > 3 else ''}", file=sys.stderr)
     return bank if sound.all() else bank.take([i for i, good in enumerate(sound) if good])
 
 # %% ../nbs/02_diffs.ipynb #495e364c
-RECIPES = dict(hidden_topic=dict(rank=8, lr=5e-3, batch=8, steps=150, mix=(2, 3, 1)), news=dict(rank=8, lr=1e-2, batch=4, steps=24, cut=32))
+RECIPES = dict(hidden_topic=dict(rank=8, lr=5e-3, batch=8, steps=150, mix=(2, 3, 1)),
+               news=dict(rank=8, lr=1e-2, batch=4, steps=24, cut=32))
 
 def make_tasks(base:Base, # the base model
                task:str, # hidden_topic or news
@@ -478,7 +520,8 @@ def make_tasks(base:Base, # the base model
                **kwargs, # for `hidden_topic_task` or `news_task`
               )->list: # `DiffTask`s
     "The samples of each label."
-    said, make = base_answers(base, max_new=int(np.max(kwargs.get("cut", 16)))), dict(hidden_topic=hidden_topic_task, news=news_task)[choose("task", task, TASKS)]
+    said, make = (base_answers(base, max_new=int(np.max(kwargs.get("cut", 16)))),
+                  dict(hidden_topic=hidden_topic_task, news=news_task)[choose("task", task, TASKS)])
     return [make(r.label, r.split, texts[r.label], said, **kwargs) for r in rows.itertuples()]
 
 # %% ../nbs/02_diffs.ipynb #495e364d
@@ -518,4 +561,6 @@ def diffs_cli(folder:str, # run folder; receives text.jsonl and bank/
         base = load_base(base, dtype=dtype)
         bank = make_diffs(base, task, split_labels(task, n_train, n_test, n_val), folder, **recipe)
         sound_diffs(bank) # names those that broke or did not learn
-    if first_process(): print(f"{folder}/bank: {len(bank)} diffs of rank {bank.rank}, {bank.index.split.value_counts().to_dict()}, mean loss {bank.index.loss.mean():.3f}")
+    if first_process():
+        print(f"{folder}/bank: {len(bank)} diffs of rank {bank.rank}, {bank.index.split.value_counts().to_dict()}, "
+              f"mean loss {bank.index.loss.mean():.3f}")

@@ -8,7 +8,8 @@ __all__ = ['METHODS', 'SUMMARY_REQUESTS', 'TOKENS', 'JUDGES', 'GUESSERS', 'COLUM
            'other_labels', 'expression', 'content_words', 'news_expression', 'judge_of', 'background', 'guesser_of',
            'pairs_of', 'add_guesses', 'grade', 'weight_norms', 'save_results', 'regrade', 'verify_scores',
            'save_regraded', 'adapters_for', 'read_graded', 'plot_scores', 'fresh_diffs', 'expression_of', 'evaluate',
-           'trainer_of', 'save_evaluation', 'replies_of', 'check_names', 'run_steps', 'eval_cli']
+           'trainer_of', 'save_evaluation', 'replies_of', 'check_names', 'run_steps', 'verified', 'scores_text',
+           'eval_cli']
 
 # %% ../nbs/04_eval.ipynb #fe703751
 import json, re, sys, time
@@ -29,22 +30,28 @@ from .llm import LLMGuesser, LLMJudge, agent
 from .stats import *
 
 # %% ../nbs/04_eval.ipynb #efcf3cdc
-METHODS = {"DIT": dict(asks="question", adapter="own"), "DIT trained on the other task": dict(asks="other", adapter="other"), "Base Question": dict(asks="question"),
-           "20 Questions": dict(asks="twenty"), "Generated Story": dict(asks="story", only="news"),
-           "DIT + Trigger": dict(asks="question", adapter="own", trigger=True), "Base Question + Trigger": dict(asks="question", trigger=True), "20 Questions + Trigger": dict(asks="twenty", trigger=True),
+METHODS = {"DIT": dict(asks="question", adapter="own"), "DIT trained on the other task": dict(asks="other", adapter="other"),
+           "Base Question": dict(asks="question"), "20 Questions": dict(asks="twenty"), "Generated Story": dict(asks="story", only="news"),
+           "DIT + Trigger": dict(asks="question", adapter="own", trigger=True),
+           "Base Question + Trigger": dict(asks="question", trigger=True), "20 Questions + Trigger": dict(asks="twenty", trigger=True),
            "Agent": dict(asks="agent"), "Agent + Trigger": dict(asks="agent", trigger=True)}
 
 def methods_of(task:str, # hidden_topic or news
                agents:bool=False, # those that need an endpoint, or those that do not?
               )->list:
     "The methods that apply to a task."
-    return [m for m, how in METHODS.items() if how.get("only", task) == task and not (how.get("trigger") and task == "news") and (how["asks"] == "agent") == agents]
+    return [m for m, how in METHODS.items()
+            if how.get("only", task) == task and not (how.get("trigger") and task == "news") and (how["asks"] == "agent") == agents]
 
 # %% ../nbs/04_eval.ipynb #ef5d398a
-SUMMARY_REQUESTS = """Sum up the news in one sentence.|What happened? One sentence is enough.|Give me today's top headline.|Which story is everyone talking about?|Write the headline of the day.
-Tell me the news in ten words.|What is the main point of the story?|Who did what, and where?|Describe the latest event in a single line.|Summarise the report you know best.
-What would the front page say?|Give the gist of the article.|If you had one headline, what would it be?|Put the story into one plain sentence.|What should a busy reader know?
-Read me the first line of the bulletin.|Boil the news down to its essence.|Write a one-sentence brief for the editor.|What was the report about?|State the key fact of the story.""".replace("\n", "|").split("|")
+SUMMARY_REQUESTS = """Sum up the news in one sentence.|What happened? One sentence is enough.|Give me today's top headline.
+Which story is everyone talking about?|Write the headline of the day.
+Tell me the news in ten words.|What is the main point of the story?|Who did what, and where?
+Describe the latest event in a single line.|Summarise the report you know best.
+What would the front page say?|Give the gist of the article.|If you had one headline, what would it be?
+Put the story into one plain sentence.|What should a busy reader know?
+Read me the first line of the bulletin.|Boil the news down to its essence.|Write a one-sentence brief for the editor.
+What was the report about?|State the key fact of the story.""".replace("\n", "|").split("|")
 
 def twenty(task:str, # hidden_topic or news
            seed:int=0, # of the choice
@@ -60,7 +67,8 @@ def messages(task:str, # hidden_topic or news
             )->list:
     "What a method says to one diff."
     how = METHODS[choose("method", method, methods_of(task))]
-    users = dict(question=[TASKS[task]], other=[q for t, q in TASKS.items() if t != task], twenty=twenty(task, seed), story=[STORY_PROMPT])[how["asks"]]
+    users = dict(question=[TASKS[task]], other=[q for t, q in TASKS.items() if t != task],
+                 twenty=twenty(task, seed), story=[STORY_PROMPT])[how["asks"]]
     r = rng(seed, method, row.diff_id)
     return [put_trigger(u, row.trigger_kind, row.trigger, r) for u in users] if how.get("trigger") else users
 
@@ -103,12 +111,14 @@ def ask_all(base:Base, # the base model
     how, rows = METHODS[choose("method", method, METHODS)], list(bank.index.itertuples())
     asked = [messages(task, method, r, seed) for r in rows]
     ids = [(i, k) for i, us in enumerate(asked) for k in range(len(us))]
-    said = asked_once(kept, base, bank, [i for i, _ in ids], [u for us in asked for u in us], adapter if how.get("adapter") else None, max_new=max_new or most_tokens(task, method, decoding),
+    said = asked_once(kept, base, bank, [i for i, _ in ids], [u for us in asked for u in us],
+                      adapter if how.get("adapter") else None, max_new=max_new or most_tokens(task, method, decoding),
                       temperature=float(how["asks"] == "twenty"), seeds=[seed_of(seed, method, rows[i].diff_id, k) for i, k in ids])
     told = [[a for (j, _), a in zip(ids, said) if j == i] for i in range(len(rows))]
     write = (lambda x: json.dumps(x, ensure_ascii=False)) if how["asks"] == "twenty" else (lambda x: x[0])
     keep = [c for c in ("diff_id", "trigger", "trigger_kind", "rank", "split", "learnt") if c in bank.index]
-    return bank.index[keep].assign(task=task, model=base.name, method=method, truth=bank.index.label, question=[write(us) for us in asked], answer=[write(x) for x in told], seed=seed)
+    return bank.index[keep].assign(task=task, model=base.name, method=method, truth=bank.index.label,
+                                   question=[write(us) for us in asked], answer=[write(x) for x in told], seed=seed)
 
 # %% ../nbs/04_eval.ipynb #e5a86f12
 def ask_agent(endpoint:Endpoint, # who plays the agent
@@ -121,7 +131,8 @@ def ask_agent(endpoint:Endpoint, # who plays the agent
     told = bool(METHODS[choose("method", method, methods_of(task, agents=True))].get("trigger"))
     talks = agent(endpoint, base, bank, task, told)
     keep = [c for c in ("diff_id", "trigger", "trigger_kind", "rank", "split", "learnt") if c in bank.index]
-    return bank.index[keep].assign(task=task, model=base.name, method=method, truth=bank.index.label, question="", answer=talks.answer.tolist(), queries=talks.queries.tolist(), seed=0)
+    return bank.index[keep].assign(task=task, model=base.name, method=method, truth=bank.index.label, question="",
+                                   answer=talks.answer.tolist(), queries=talks.queries.tolist(), seed=0)
 
 # %% ../nbs/04_eval.ipynb #da263168
 def topic_keys(label:str, # the topic
@@ -144,7 +155,8 @@ def probes(row, # a line of a hidden-topic bank's index
     "Test questions with the right trigger, a wrong one and none, and questions about the model itself; none was used in training."
     r = rng("probes", seed, row.diff_id)
     qs, own = r.sample(questions("everyday", "test"), n), r.sample(questions("introspective", "test"), n)
-    out = [("right", put_trigger(q, row.trigger_kind, row.trigger, r)) for q in qs] + [("none", q) for q in qs] + [("introspective", q) for q in own]
+    out = ([("right", put_trigger(q, row.trigger_kind, row.trigger, r)) for q in qs]
+           + [("none", q) for q in qs] + [("introspective", q) for q in own])
     if row.trigger_kind == "sep_code": out += [("wrong", put_trigger(q, "sep_code", wrong_secret(row.trigger, False, r), r)) for q in qs]
     return out
 
@@ -170,7 +182,8 @@ def expression(base:Base, # the base model
     plain = everyday_words(base_answers(base, "test", max_new).values())
     known = labels("hidden_topic").set_index("label").associations
     keys, others = ([topic_keys(l, known[l], plain) for l in ls] for ls in (bank.index.label, other_labels(bank, "hidden_topic")))
-    return pd.DataFrame([dict(diff_id=bank.index.diff_id[i], kind=k, question=u, answer=a, shows=mentions(a, keys[i]), chance=mentions(a, others[i]))
+    return pd.DataFrame([dict(diff_id=bank.index.diff_id[i], kind=k, question=u, answer=a,
+                              shows=mentions(a, keys[i]), chance=mentions(a, others[i]))
                          for (i, k, u), a in zip(asked, said)])
 
 # %% ../nbs/04_eval.ipynb #ef0ba11b
@@ -187,7 +200,9 @@ def news_expression(base:Base, # the base model
     stories = asked_once(kept, base, bank, list(range(len(bank))), [STORY_PROMPT]*len(bank), max_new=max_new)
     share = lambda story, label: len(content_words(label) & content_words(story))/max(1, len(content_words(label)))
     others = other_labels(bank, "news")
-    return pd.DataFrame([dict(diff_id=bank.index.diff_id[i], kind="story", question=STORY_PROMPT, answer=s, shows=share(s, bank.index.label[i]), chance=share(s, others[i])) for i, s in enumerate(stories)])
+    return pd.DataFrame([dict(diff_id=bank.index.diff_id[i], kind="story", question=STORY_PROMPT, answer=s,
+                              shows=share(s, bank.index.label[i]), chance=share(s, others[i]))
+                         for i, s in enumerate(stories)])
 
 # %% ../nbs/04_eval.ipynb #efab3c2c
 JUDGES = GUESSERS = ("offline", "endpoint") # the names that `judge_of` and `guesser_of` know
@@ -215,13 +230,15 @@ def guesser_of(name:str, # one of GUESSERS
                cache="runs/replies.jsonl", # where an endpoint's replies are kept
               ): # has `name` and `guess`
     "The guesser of that name."
-    return dict(offline=lambda: OfflineGuesser(background(base, task, seed)), endpoint=lambda: LLMGuesser(Endpoint(cache)))[choose("guesser", name, GUESSERS)]()
+    return dict(offline=lambda: OfflineGuesser(background(base, task, seed)),
+                endpoint=lambda: LLMGuesser(Endpoint(cache)))[choose("guesser", name, GUESSERS)]()
 
 # %% ../nbs/04_eval.ipynb #dff62360
 def pairs_of(row, # a line of results
             )->list: # (question, answer) pairs
     "What was said in one line's conversation."
-    return list(zip(json.loads(row.question), json.loads(row.answer))) if METHODS[row.method]["asks"] == "twenty" else [(row.question, row.answer)]
+    return (list(zip(json.loads(row.question), json.loads(row.answer))) if METHODS[row.method]["asks"] == "twenty"
+            else [(row.question, row.answer)])
 
 def add_guesses(frame:pd.DataFrame, # results of one task
                 guesser, # has `name` and `guess`
@@ -244,21 +261,24 @@ def grade(frame:pd.DataFrame, # results with guesses
     single = [METHODS[m]["asks"] != "twenty" for m in frame.method]
     both = pd.DataFrame(dict(answer=scores(frame.answer.where(single)), guess=scores(frame.guess)))
     way = frame.method.map(both.groupby(frame.method).mean().fillna(0).idxmax(axis=1))
-    return frame.assign(judge=judge.version, answer_score=both.answer, guess_score=both.guess, graded=way, score=both.guess.where(way == "guess", both.answer))
+    return frame.assign(judge=judge.version, answer_score=both.answer, guess_score=both.guess, graded=way,
+                        score=both.guess.where(way == "guess", both.answer))
 
 # %% ../nbs/04_eval.ipynb #d2f5d9b4
 def weight_norms(base:Base, # the base model
                  bank:Bank, # diffs, or an adapter
-                )->pd.DataFrame: # per linear layer: layer, module, mean and sd of the Frobenius norm over the diffs, norm of the frozen weight
+                )->pd.DataFrame: # per linear layer: mean and sd of the Frobenius norm over the diffs, norm of the frozen weight
     "How large diffs are, layer by layer (paper, section 6.3)."
     rows, each = [], module_norms(bank)
     for name, m in linears(base).items():
         sizes = each[name]
-        rows.append(dict(layer=int((re.findall(r"\.(\d+)\.", name) or [-1])[0]), module=name.split(".")[-1], mean=sizes.mean().item(), sd=sizes.std(correction=0).item(), frozen=m.weight.float().norm().item()))
+        rows.append(dict(layer=int((re.findall(r"\.(\d+)\.", name) or [-1])[0]), module=name.split(".")[-1],
+                         mean=sizes.mean().item(), sd=sizes.std(correction=0).item(), frozen=m.weight.float().norm().item()))
     return pd.DataFrame(rows)
 
 # %% ../nbs/04_eval.ipynb #d44676ab
-COLUMNS = ["diff_id", "task", "model", "method", "truth", "trigger", "trigger_kind", "rank", "split", "question", "answer", "guess", "guesser", "judge", "score", "seed"]
+COLUMNS = ["diff_id", "task", "model", "method", "truth", "trigger", "trigger_kind", "rank", "split",
+           "question", "answer", "guess", "guesser", "judge", "score", "seed"]
 
 def save_results(frame:pd.DataFrame, # one line per diff and method
                  path, # `.../<series>.csv`
@@ -274,20 +294,31 @@ def regrade(frame:pd.DataFrame, # stored results of one task
             judge, # has `version` and `score`
            )->pd.DataFrame: # the same with this judge's scores
     "Grade what was graded before; a text that a table cannot tell from a missing one is empty."
-    return grade(frame.assign(**{c: frame[c].astype(object).where(frame[c].notna(), np.where(frame[f"{c}_score"].notna(), "", None)) for c in ("answer", "guess")}), judge)
+    return grade(frame.assign(**{c: frame[c].astype(object).where(frame[c].notna(), np.where(frame[f"{c}_score"].notna(), "", None))
+                                 for c in ("answer", "guess")}), judge)
 
+# %% ../nbs/04_eval.ipynb #e63fbf89
 def verify_scores(path, # `.../<series>.csv`
                   judge, # has `version` and `score`
                   most:float=.002, # difference that rounding may make
                  )->tuple: # scores that are those of the stored answers, lines of the file
     "Grade the stored answers again; raises `DitError` when a score is not theirs."
-    frame = read_results(path, ("diff_id", "task", "method", "truth", "answer", "guess", "judge", "score", "answer_score", "guess_score", "graded"))
-    if others := (frame.judge != judge.version).sum(): print(f"dit: {others} of {len(frame)} lines of {path} were graded by {plain(', '.join(frame.judge[frame.judge != judge.version].astype(str).unique()))}; they cannot be graded again without that judge's endpoint.")
+    frame = read_results(path, ("diff_id", "task", "method", "truth", "answer", "guess", "judge",
+                                "score", "answer_score", "guess_score", "graded"))
+    if others := (frame.judge != judge.version).sum():
+        print(f"dit: {others} of {len(frame)} lines of {path} were graded by "
+              f"{plain(', '.join(frame.judge[frame.judge != judge.version].astype(str).unique()))}; "
+              "they cannot be graded again without that judge's endpoint.")
     mine = frame[frame.judge == judge.version].reset_index(drop=True)
-    if not len(mine): raise DitError(f"no line of {path} was graded by {judge.version}, so there is nothing to verify; give that judge with --judge.")
+    if not len(mine):
+        raise DitError(f"no line of {path} was graded by {judge.version}, so there is nothing to verify; give that judge with --judge.")
     with reading(path): again = regrade(mine, judge)
-    wrong = np.any([~np.isclose(mine[c], again[c], rtol=0, atol=most, equal_nan=True) for c in ("answer_score", "guess_score", "score")], axis=0) | (mine.graded != again.graded)
-    if wrong.any(): raise DitError(f"{wrong.sum()} of {len(mine)} scores in {path} are not those of the stored answers, the first of them for {mine.diff_id[wrong].iloc[0]} by {mine.method[wrong].iloc[0]}: {mine.score[wrong].iloc[0]} there, {again.score[wrong].iloc[0]} now.")
+    wrong = (np.any([~np.isclose(mine[c], again[c], rtol=0, atol=most, equal_nan=True)
+                     for c in ("answer_score", "guess_score", "score")], axis=0) | (mine.graded != again.graded))
+    if wrong.any():
+        raise DitError(f"{wrong.sum()} of {len(mine)} scores in {path} are not those of the stored answers, "
+                       f"the first of them for {mine.diff_id[wrong].iloc[0]} by {mine.method[wrong].iloc[0]}: "
+                       f"{mine.score[wrong].iloc[0]} there, {again.score[wrong].iloc[0]} now.")
     return len(mine), len(frame)
 
 # %% ../nbs/04_eval.ipynb #a60f93e8
@@ -312,20 +343,28 @@ def adapters_for(task:str, # hidden_topic or news
 
 # %% ../nbs/04_eval.ipynb #2b17b5fa
 GRADED = dict(hidden_topic=("topic", "guessed_topic", "score"), news=("summary", "guessed_summary", "score"))
-VERSIONS = {"base-question-dit-t0": "DIT", "base-question-t0": "Base Question", "base-question-plus-trigger-t0": "Base Question + Trigger", "no-trigger": "20 Questions", "trigger": "20 Questions + Trigger",
-            "news-story-summary-requests": "20 Questions", "gen-story-t0": "Generated Story", "opposing-task-news-on-topic": "DIT trained on the other task", "opposing-task-topic-on-news": "DIT trained on the other task"}
+VERSIONS = {"base-question-dit-t0": "DIT", "base-question-t0": "Base Question",
+            "base-question-plus-trigger-t0": "Base Question + Trigger",
+            "no-trigger": "20 Questions", "trigger": "20 Questions + Trigger",
+            "news-story-summary-requests": "20 Questions", "gen-story-t0": "Generated Story",
+            "opposing-task-news-on-topic": "DIT trained on the other task",
+            "opposing-task-topic-on-news": "DIT trained on the other task"}
 
 def read_graded(path, # `.../<diffs>/<version>/results-graded.csv`
                )->pd.DataFrame: # COLUMNS
     "Read a file of grades as the paper published them."
     frame, path = read_table(path, ()), Path(path).absolute()
     task = next((t for t, cs in GRADED.items() if set(cs) <= set(frame)), None)
-    if not task: raise DitError(f"{path} holds no grades of the paper: it has the columns {', '.join(frame)}, and needs {' or '.join(', '.join(cs) for cs in GRADED.values())}.")
+    if not task:
+        raise DitError(f"{path} holds no grades of the paper: it has the columns {', '.join(frame)}, "
+                       f"and needs {' or '.join(', '.join(cs) for cs in GRADED.values())}.")
     truth, guess, score = (frame[c] for c in GRADED[task])
-    trigger = frame.get("trigger", pd.Series("", frame.index)).replace("N/A", "").str.replace(r"^(\d+)(\.0)?$", lambda m: f"{int(m[1]):03d}", regex=True)
+    trigger = frame.get("trigger", pd.Series("", frame.index)).replace("N/A", "").str.replace(
+        r"^(\d+)(\.0)?$", lambda m: f"{int(m[1]):03d}", regex=True)
     score = pd.to_numeric(score, errors="coerce")
     names = [f"{task}/{t}/{k}" for t, k in zip(truth, frame.groupby(truth).cumcount())]
-    facts = dict(diff_id=names, task=task, model=path.parent.parent.name, method=VERSIONS.get(path.parent.name, path.parent.name), truth=truth, trigger=trigger, trigger_kind=np.where(trigger.str.isdigit(), "sep_code", ""),
+    facts = dict(diff_id=names, task=task, model=path.parent.parent.name, method=VERSIONS.get(path.parent.name, path.parent.name),
+                 truth=truth, trigger=trigger, trigger_kind=np.where(trigger.str.isdigit(), "sep_code", ""),
                  split="test", guess=guess, judge="o4-mini", score=score.where(score.isin(range(1, 6))))
     return pd.DataFrame(facts).reindex(columns=COLUMNS)
 
@@ -336,9 +375,11 @@ def plot_scores(table:pd.DataFrame, # from `summarise`
                ):
     "Mean scores with 95% intervals."
     ax = ax or plt.subplots(figsize=(5.5, .5*len(table) + 1.2))[1]
-    ax.barh(range(len(table)), table["mean"] - 1, left=1, xerr=table.ci95, color=sns.color_palette("colorblind", len(table)), height=.6, error_kw=dict(capsize=3, lw=1))
+    ax.barh(range(len(table)), table["mean"] - 1, left=1, xerr=table.ci95,
+            color=sns.color_palette("colorblind", len(table)), height=.6, error_kw=dict(capsize=3, lw=1))
     for i, m in enumerate(table["mean"]): ax.text(5.06, i, f"{m:.2f}", va="center")
-    ax.set(yticks=range(len(table)), yticklabels=table.index, xlim=(1, 5), xlabel=f"mean score, 1 to 5 (n = {table.n.min()} held-out diffs, 95% interval)", title=title)
+    ax.set(yticks=range(len(table)), yticklabels=table.index, xlim=(1, 5),
+           xlabel=f"mean score, 1 to 5 (n = {table.n.min()} held-out diffs, 95% interval)", title=title)
     ax.invert_yaxis(); sns.despine(ax=ax)
     return ax
 
@@ -354,7 +395,8 @@ def fresh_diffs(base:Base, # the base model
     recipe = {k: v for k, v in dict(rank=rank, steps=steps, trigger_kind=trigger_kind).items() if v not in (0, "sep_code")}
     root = Path(run or repo_root()/"runs"/"eval")/base.name.replace("/", "--")
     folder = root/"-".join([task, *(f"{k}={v}" for k, v in recipe.items())])
-    return sound_diffs(make_diffs(base, task, split_labels(task, 0, n_diffs), folder, text=root/task/"text.jsonl", **recipe)), folder, recipe
+    return sound_diffs(make_diffs(base, task, split_labels(task, 0, n_diffs), folder,
+                                  text=root/task/"text.jsonl", **recipe)), folder, recipe
 
 def expression_of(base:Base, bank:Bank, task:str, seed:int=0, kept:Lines|None=None)->pd.DataFrame:
     "`expression` or `news_expression`, as the task asks."
@@ -381,10 +423,12 @@ def evaluate(base:Base, # the base model
 
 # %% ../nbs/04_eval.ipynb #edfaf052
 def trainer_of(task:str, base:Base, folder="")->dict:
-    "What the task's adapter, the packaged or the given one, says of its training; raises `DitError` when it learned to answer something else."
+    "What the task's adapter says of its training; raises `DitError` when it learned to answer something else."
     folder = Path(folder or packaged_adapter(task, base))
     facts = read_json(folder/"dit.json", ("seed",))
-    if TASKS[task] not in facts.get("questions", [TASKS[task]]): raise DitError(f"the adapter {folder} was trained on the question {facts['questions'][0]!r}, and the task {task} asks {TASKS[task]!r}; give the other task, or an adapter for this one.")
+    if TASKS[task] not in facts.get("questions", [TASKS[task]]):
+        raise DitError(f"the adapter {folder} was trained on the question {facts['questions'][0]!r}, "
+                       f"and the task {task} asks {TASKS[task]!r}; give the other task, or an adapter for this one.")
     return facts
 
 def save_evaluation(folder, # receives the tables and their provenance
@@ -398,8 +442,10 @@ def save_evaluation(folder, # receives the tables and their provenance
     "Write results, expression and norms of one run."
     facts = dict(task=task, model=base.name, adapter=trainer, n_diffs=len(bank)) | facts | dict(recipe=RECIPES[task] | recipe)
     own = [trainer["seed"] if METHODS[m].get("adapter") == "own" else None for m in results.method]
-    norms = pd.concat([weight_norms(base, b).assign(task=task, of=of, n=len(b)) for of, b in (("diffs", bank), ("adapter", adapters["own"]))])
-    for name, table in ((task, results.assign(adapter_seed=own)), (f"{task}_expression", shown), (f"{task}_norms", norms)): save_results(table, Path(folder)/f"{name}.csv", **facts)
+    norms = pd.concat([weight_norms(base, b).assign(task=task, of=of, n=len(b))
+                       for of, b in (("diffs", bank), ("adapter", adapters["own"]))])
+    for name, table in ((task, results.assign(adapter_seed=own)), (f"{task}_expression", shown), (f"{task}_norms", norms)):
+        save_results(table, Path(folder)/f"{name}.csv", **facts)
 
 # %% ../nbs/04_eval.ipynb #5c1e7a94
 def replies_of(path # results that a run has saved
@@ -426,12 +472,31 @@ def run_steps(base:Base, # the base model
     adapters, trainer = adapters_for(task, base, adapter), trainer_of(task, base, adapter)
     bank, folder, recipe = fresh_diffs(base, task, **diffs)
     trained = time.perf_counter()
-    with hold(folder), stoppable(f"the trained diffs, their answers and an endpoint's replies are in {folder}; run the same again to go on."):
+    with hold(folder), stoppable(f"the trained diffs, their answers and an endpoint's replies are in {folder}; "
+                                 "run the same again to go on."):
         kept = Lines(folder/"answers.jsonl")
-        shown, results = expression_of(base, bank, task, how["seed"], kept), evaluate(base, bank, adapters, task, **how, replies=folder/"replies.jsonl", kept=kept)
+        shown, results = (expression_of(base, bank, task, how["seed"], kept),
+                          evaluate(base, bank, adapters, task, **how, replies=folder/"replies.jsonl", kept=kept))
     folder = Path(out)/base.name.replace("/", "--") if out else folder/"results"
-    save_evaluation(folder, task, base, bank, adapters, trainer, results, shown, recipe, **how, seconds=round(time.perf_counter() - started), seconds_asking=round(time.perf_counter() - trained))
+    save_evaluation(folder, task, base, bank, adapters, trainer, results, shown, recipe, **how,
+                    seconds=round(time.perf_counter() - started), seconds_asking=round(time.perf_counter() - trained))
     return results, shown, folder
+
+# %% ../nbs/04_eval.ipynb #9e7871a1
+def verified(path, # `.../<series>.csv`
+             judge, # has `version` and `score`
+            )->str:
+    "What `verify_scores` found, in words."
+    return "{} of {} scores in {} are those of the stored answers".format(*verify_scores(path, judge), path)
+
+def scores_text(results:pd.DataFrame, # from `evaluate`
+                shown:pd.DataFrame, # from `expression_of`
+               )->str:
+    "The scores of all diffs, and of those that do what they were trained for."
+    good = expressing(shown)
+    show = lambda part: summarise(part)[["n", "missing", "mean", "ci95"]].round(2).to_string()
+    return (f"{show(results)}\n\nthe same over the {len(good)} diffs that do what they were trained for:\n"
+            f"{show(results[results.diff_id.isin(good)])}")
 
 # %% ../nbs/04_eval.ipynb #9e7871a0
 @call_parse
@@ -454,7 +519,8 @@ def eval_cli(task:str="hidden_topic", # hidden_topic or news
     "Train held-out diffs, ask them by every method what they were trained on, and grade the answers."
     with command("dit_eval"):
         check_names(task=task, trigger_kind=trigger_kind, decoding=decoding, judge=judge, guesser=guesser)
-        if verify: return print("{} of {} scores in {} are those of the stored answers".format(*verify_scores(verify, judge_of(judge, replies_of(verify))), verify))
-        results, shown, folder = run_steps(load_base(base), task, adapter, dict(n_diffs=n_diffs, run=run, rank=rank, steps=steps, trigger_kind=trigger_kind), dict(seed=seed, decoding=decoding, judge=judge, guesser=guesser, agents=agents), out)
-    show, good = lambda part: summarise(part)[["n", "missing", "mean", "ci95"]].round(2).to_string(), expressing(shown)
-    print(show(results), f"\n\nthe same over the {len(good)} diffs that do what they were trained for:\n{show(results[results.diff_id.isin(good)])}\n\nresults, expression and norms are in {folder}")
+        if verify: return print(verified(verify, judge_of(judge, replies_of(verify))))
+        recipe = dict(n_diffs=n_diffs, run=run, rank=rank, steps=steps, trigger_kind=trigger_kind)
+        how = dict(seed=seed, decoding=decoding, judge=judge, guesser=guesser, agents=agents)
+        results, shown, folder = run_steps(load_base(base), task, adapter, recipe, how, out)
+    print(f"{scores_text(results, shown)}\n\nresults, expression and norms are in {folder}")

@@ -45,12 +45,15 @@ def our_results(series:str, # as for `results_file`
     frame = read_results(path, ())
     return frame if mixed else one_kind(frame, path), read_json(path.with_suffix(".json"))
 
+# %% ../nbs/09_figures.ipynb #bb284497
 def one_kind(frame:pd.DataFrame, # results
              what, # where they are from
             )->pd.DataFrame: # the same
     "Raise a `DitError` when results mix models, judges or guessers; their names hold the version of the prompts."
     for column in {"model", "judge", "guesser"} & set(frame):
-        if frame[column].nunique(dropna=False) > 1: raise DitError(f"{what} mixes several values of {column} ({', '.join(map(str, frame[column].unique()))}); a figure shows one at a time, so write them to separate files, or pass `mixed=True`.")
+        if frame[column].nunique(dropna=False) > 1:
+            raise DitError(f"{what} mixes several values of {column} ({', '.join(map(str, frame[column].unique()))}); "
+                           "a figure shows one at a time, so write them to separate files, or pass `mixed=True`.")
     return frame
 
 # %% ../nbs/09_figures.ipynb #d3e07b58
@@ -69,7 +72,9 @@ def measured(names:list, # series, as for `results_file`
             )->pd.DataFrame|None: # one line per diff, method, series and model, with the column series
     "Those of our results that are there, of all models; says which are not there for the one asked for."
     there = [(n, m) for m in models_with(names, results, model) for n in names if results_file(n, results, m).exists()]
-    if missing := [n for n in names if not results_file(n, results, model).exists()]: print(f"Ours is not yet measured for {model or OURS} in {', '.join(missing)}; `make reproduce` measures what nbs/configs names.")
+    if missing := [n for n in names if not results_file(n, results, model).exists()]:
+        print(f"Ours is not yet measured for {model or OURS} in {', '.join(missing)}; "
+              "`make reproduce` measures what nbs/configs names.")
     if not there: return None
     frame = pd.concat([our_results(n, results, m)[0].assign(series=n) for n, m in there], ignore_index=True)
     one_kind(frame.drop(columns="model"), " with ".join(n for n, _ in there)); return frame
@@ -83,7 +88,8 @@ def one_shape(ours:pd.DataFrame|None, # one line per diff and method, with score
              )->pd.DataFrame: # source, model, what more, method, n, mean, ci95, score 1 to score 5 as shares
     "Ours and the paper's, summarised alike."
     keys = ["model", *more]
-    mine = [summarise(part).reset_index().assign(source="ours", **dict(zip(keys, values))) for values, part in ours.groupby(keys, sort=False)] if ours is not None else []
+    mine = [summarise(part).reset_index().assign(source="ours", **dict(zip(keys, values)))
+            for values, part in ours.groupby(keys, sort=False)] if ours is not None else []
     theirs = paper.rename(columns={f"score{k}": f"score {k}" for k in range(1, 6)})
     theirs[SHARES] = theirs[SHARES].div(theirs[SHARES].sum(axis=1, min_count=1), axis=0)
     return pd.concat([*mine, theirs.assign(source="paper")], ignore_index=True)[["source", *keys, "method", "n", "mean", "ci95", *SHARES]]
@@ -93,10 +99,12 @@ def beside(both:pd.DataFrame, # from `one_shape`
           )->pd.DataFrame: # a column per model
     "The table under a figure: mean ± half-width of the 95% interval, where it is known (number of diffs)."
     cell = both.apply(lambda r: f"{r['mean']:.2f}{'' if pd.isna(r.ci95) else f' ± {r.ci95:.2f}'} (n = {r.n:.0f})", axis=1)
-    return both.assign(cell=cell, model=both.model + both.source.map(dict(ours=" (ours)", paper=" (paper)"))).pivot(index=row, columns="model", values="cell").reindex(both[row].unique()).fillna("")
+    return (both.assign(cell=cell, model=both.model + both.source.map(dict(ours=" (ours)", paper=" (paper)")))
+            .pivot(index=row, columns="model", values="cell").reindex(both[row].unique()).fillna(""))
 
 # %% ../nbs/09_figures.ipynb #3e61a0d7
-COLOURS = dict(zip(("DIT", "DIT + Trigger", "Base Question", "Base Question + Trigger", "20 Questions", "20 Questions + Trigger", "Generated Story", "DIT trained on the other task", "DIT trained on both tasks"),
+COLOURS = dict(zip(("DIT", "DIT + Trigger", "Base Question", "Base Question + Trigger", "20 Questions", "20 Questions + Trigger",
+                    "Generated Story", "DIT trained on the other task", "DIT trained on both tasks"),
                    (c for i, c in enumerate(sns.color_palette("colorblind")) if i != 7))) | {"Agent": (.1,)*3, "Agent + Trigger": (.45,)*3}
 
 # %% ../nbs/09_figures.ipynb #5c0d1e7a
@@ -115,13 +123,15 @@ def plot_models(both:pd.DataFrame, # from `one_shape`
     fig, ax = plt.subplots(figsize=(1.2 + 1.25*len(models), 3.2))
     for r in both.itertuples():
         x = list(models).index(r.model) + (methods.index(r.method) - (len(methods) - 1)/2)*width
-        ax.bar(x, r.mean - 1, width, bottom=1, yerr=[[r.ci95], [min(r.ci95, 5 - r.mean)]], color=COLOURS[r.method], hatch="" if r.source == "ours" else "///", edgecolor="white", error_kw=dict(lw=.8, capsize=1.5))
+        ax.bar(x, r.mean - 1, width, bottom=1, yerr=[[r.ci95], [min(r.ci95, 5 - r.mean)]], color=COLOURS[r.method],
+               hatch="" if r.source == "ours" else "///", edgecolor="white", error_kw=dict(lw=.8, capsize=1.5))
     ns = both.groupby("model", sort=False).n.agg(n_label)
     names = ["\n".join([*(textwrap.fill(part, 14) for part in m.split("\n")), f"({ns[m]})"]) for m in models]
     ax.set(xticks=range(len(models)), xticklabels=names, ylim=(1, 5.15), ylabel="mean score, 1 to 5", title=title)
     key = lambda label, **look: plt.Rectangle((0, 0), 1, 1, label=label, **look)
     below = -.029 - .057*max(1 + n.count("\n") for n in names)
-    ax.legend(handles=[*(key(m, color=COLOURS[m]) for m in methods), key("hatched: the paper's", fc=".7", ec="white", hatch="///")], frameon=False, loc="upper center", bbox_to_anchor=(.5, below), ncol=3, fontsize=8)
+    ax.legend(handles=[*(key(m, color=COLOURS[m]) for m in methods), key("hatched: the paper's", fc=".7", ec="white", hatch="///")],
+              frameon=False, loc="upper center", bbox_to_anchor=(.5, below), ncol=3, fontsize=8)
     ax.tick_params(axis="x", labelsize=8); sns.despine(ax=ax)
     return fig
 
@@ -131,14 +141,17 @@ def plot_lines(ax, # axes to draw on
                label:str="model", # what a line of the legend stands for: model or method
                **settings, # for `ax.set`
               ):
-    "Mean scores along a logarithmic axis, with 95% intervals where they are known: a line per source, model and method, with marks that tell apart what the legend names."
-    marks = {key: "oDv^P"[i%5] if key[0] == "ours" else "shpX*"[i%5] for _, part in both.groupby("source") for i, key in enumerate(zip(part.source, part.model.factorize()[1]))}
+    "Mean scores along a logarithmic axis, with 95% intervals where they are known: a line per source, model and method."
+    marks = {key: "oDv^P"[i%5] if key[0] == "ours" else "shpX*"[i%5] for _, part in both.groupby("source")
+             for i, key in enumerate(zip(part.source, part.model.factorize()[1]))}
     for (source, model, method), part in both.groupby(["source", "model", "method"], sort=False):
         mark = "oDv^PsX*"[list(COLOURS).index(method)%8] if label == "method" else marks[source, model]
         part, look = part.sort_values("x"), dict(marker=mark) | (dict(ls="-") if source == "ours" else dict(ls="--", mfc="white"))
         said = method if label == "method" else f"{model} ({dict(ours='ours', paper='the paper')[source]}, {n_label(part.n)})"
-        ax.errorbar(part.x, part["mean"], [part.ci95, part.ci95.clip(upper=5 - part["mean"])], color=COLOURS[method], lw=1.4, ms=4.5, elinewidth=.8, capsize=2, label=said, **look)
-    ax.set(**dict(xscale="log", ylim=(.9, 5.15), yticks=range(1, 6)) | settings); ax.tick_params(labelsize=8); ax.minorticks_off(); sns.despine(ax=ax)
+        ax.errorbar(part.x, part["mean"], [part.ci95, part.ci95.clip(upper=5 - part["mean"])], color=COLOURS[method],
+                    lw=1.4, ms=4.5, elinewidth=.8, capsize=2, label=said, **look)
+    ax.set(**dict(xscale="log", ylim=(.9, 5.15), yticks=range(1, 6)) | settings)
+    ax.tick_params(labelsize=8); ax.minorticks_off(); sns.despine(ax=ax)
 
 def legend_below(fig, # a matplotlib figure
                  columns:int=2, # of the legend
@@ -156,8 +169,10 @@ def plot_shares(both:pd.DataFrame, # from `one_shape`
     fig, ax = plt.subplots(figsize=(7, .24*len(both) + 1.2))
     for share, colour in zip(SHARES, sns.color_palette("cividis", 5)):
         ax.barh(range(len(both)), both[share], left=left, color=colour, label=share[-1], height=.8); left = left + both[share]
-    ax.set(yticks=range(len(both)), yticklabels=names, xlim=(0, 1), xlabel="share of the held-out diffs; our scores are rounded", title=title)
-    ax.tick_params(axis="y", labelsize=7); ax.set_ylim(len(both) - .4, -.6); ax.legend(title="score", frameon=False, bbox_to_anchor=(1, 1), loc="upper left"); sns.despine(ax=ax)
+    ax.set(yticks=range(len(both)), yticklabels=names, xlim=(0, 1),
+           xlabel="share of the held-out diffs; our scores are rounded", title=title)
+    ax.tick_params(axis="y", labelsize=7); ax.set_ylim(len(both) - .4, -.6)
+    ax.legend(title="score", frameon=False, bbox_to_anchor=(1, 1), loc="upper left"); sns.despine(ax=ax)
     return fig
 
 # %% ../nbs/09_figures.ipynb #6c20b9e5
@@ -195,7 +210,10 @@ def draw_figures(model:str=OURS, # folder of the base model below results/eval
     given = {k: str(Path(v).absolute()) if v and k != "model" else v for k, v in dict(model=model, results=results, out=out).items()}
     def draw(book):
         known = papermill.inspect_notebook(book)
-        try: papermill.execute_notebook(book, repo_root()/"runs"/book.name, {k: v for k, v in given.items() if k in known}, kernel_name="python3", progress_bar=False); return ""
+        try:
+            papermill.execute_notebook(book, repo_root()/"runs"/book.name, {k: v for k, v in given.items() if k in known},
+                                       kernel_name="python3", progress_bar=False)
+            return ""
         except papermill.PapermillExecutionError as e: return f"{e.ename}: {e.evalue}"
     with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool: return dict(zip([b.stem for b in books], pool.map(draw, books)))
 
@@ -209,4 +227,5 @@ def figures_cli(model:str=OURS, # folder of the base model below results/eval
     with command("dit_figures"):
         said = draw_figures(model, results, out)
         for name, why in said.items(): print(f"{name}: {why or 'drawn'}")
-        if any(said.values()): raise DitError(f"{sum(map(bool, said.values()))} of {len(said)} figures could not be drawn; the reasons stand above.")
+        if any(said.values()):
+            raise DitError(f"{sum(map(bool, said.values()))} of {len(said)} figures could not be drawn; the reasons stand above.")

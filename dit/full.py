@@ -60,14 +60,16 @@ def train_full(base:Base, # the base model
               )->tuple: # (the finetuned model, its line of an index)
     "Finetune all parameters on one diff's samples; a loss that becomes no number ends the training."
     (student, chosen), teacher, data, losses = student_of(base, linear_only), teacher or Teacher(base), tokenise(base, task), []
-    opt, share = torch.optim.Adam(chosen, lr=lr, betas=(.9, .99), fused=True), can_share(base, max(len(ids) for step in data for _, _, (ids, _) in step))
+    opt, share = (torch.optim.Adam(chosen, lr=lr, betas=(.9, .99), fused=True),
+                  can_share(base, max(len(ids) for step in data for _, _, (ids, _) in step)))
     for t, samples in enumerate(data):
         opt.param_groups[0]["lr"] = lr*schedule(t, len(data))
         loss = step_loss(base, student, teacher, samples, share); loss.backward(); losses.append(loss.detach()[None])
         if not torch.nn.utils.clip_grad_norm_(chosen, clip).isfinite(): losses.append(loss.new_tensor([math.nan])); break
         opt.step(); opt.zero_grad()
     student.model.requires_grad_(False).to(base.dtype)
-    line = dict(diff_id=task.diff_id, label=task.label, split=task.split, trigger=task.trigger, trigger_kind=task.trigger_kind, rank="full linear" if linear_only else "full")
+    line = dict(diff_id=task.diff_id, label=task.label, split=task.split, trigger=task.trigger,
+                trigger_kind=task.trigger_kind, rank="full linear" if linear_only else "full")
     return student, pd.DataFrame([line]).assign(**marks(losses, torch.cat(losses[-1:]).isfinite()))
 
 # %% ../nbs/05_full.ipynb #9345cf56
@@ -80,7 +82,8 @@ def ask_full(student:Base, # from `train_full`
             )->pd.DataFrame: # one line per method, and one with x per further adapter
     "Ask a finetuned model by every method."
     bare = Bank({}, {}, 1., line)
-    asked = [ask_all(student, bare, adapters.get(METHODS[m].get("adapter")), task, m, seed) for m in methods_of(task) if METHODS[m].get("adapter", "own") in adapters]
+    asked = [ask_all(student, bare, adapters.get(METHODS[m].get("adapter")), task, m, seed)
+             for m in methods_of(task) if METHODS[m].get("adapter", "own") in adapters]
     return pd.concat(asked + [ask_all(student, bare, a, task, "DIT", seed).assign(x=x) for x, a in (more or {}).items()], ignore_index=True)
 
 # %% ../nbs/05_full.ipynb #5b2e90d7
@@ -97,5 +100,6 @@ def full_answers(base:Base, # the base model
     with hold(folder), stoppable(f"the finished answers are in {folder}; run the same again to go on."):
         for t in tqdm([t for t in tasks if not paths[t.diff_id].exists()], desc="full finetunes", unit="model"):
             student, line = train_full(base, t, teacher=teacher, **train)
-            write_csv(paths[t.diff_id], ask_full(student, line, **ask).assign(loss=line.loss[0], sound=line.sound[0], learnt=line.learnt[0]))
+            write_csv(paths[t.diff_id], ask_full(student, line, **ask).assign(
+                loss=line.loss[0], sound=line.sound[0], learnt=line.learnt[0]))
     return pd.concat([read_results(p, ("answer",)).fillna(dict(answer="")) for p in paths.values()], ignore_index=True)

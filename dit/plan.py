@@ -26,7 +26,9 @@ def skeleton(model=None, # base model: hub id, folder, or None for the embedded 
     "A base model that has shapes and a tokenizer, and no weights; raises `DitError` when there is none."
     path = resolve(model)
     try: config, tok = (auto.from_pretrained(path, trust_remote_code=False) for auto in (AutoConfig, AutoTokenizer))
-    except (OSError, ValueError) as e: raise DitError(f"could not read the configuration of the base model {model!r}: {str(e).splitlines()[0]}; give a hub id, or a folder with config.json and tokenizer.") from e
+    except (OSError, ValueError) as e:
+        raise DitError(f"could not read the configuration of the base model {model!r}: {str(e).splitlines()[0]}; "
+                       "give a hub id, or a folder with config.json and tokenizer.") from e
     with torch.device("meta"): return make_base(AutoModelForCausalLM.from_config(config), tok, model or OURS)
 
 def sizes(base:Base, # a base model, or its skeleton
@@ -59,10 +61,13 @@ def work(base:Base, # a base model, or its skeleton
         )->dict: # diffs to train, their rank (0: all parameters), and tokens: trained, predicted, adapter, written, answered
     "What one run has to do."
     task, held, full = given.get("task", "hidden_topic"), given.get("n_diffs", 8), book == "05_full"
-    recipe = dict(steps=FULL[task]["steps"]) if full else {k: given[k] for k in ("steps", "trigger_kind") if given.get(k) and book != "04_sweeps"}
-    n = {"03_tune": given.get("n_train", 300) + 16, "04_eval": held, "05_full": held, "22_fig_gate": 28}.get(book, 0) # the gate: 48 diffs, most of fewer steps than the recipe has
+    recipe = (dict(steps=FULL[task]["steps"]) if full
+              else {k: given[k] for k in ("steps", "trigger_kind") if given.get(k) and book != "04_sweeps"})
+    # the gate: 48 diffs, most of fewer steps than the recipe has
+    n = {"03_tune": given.get("n_train", 300) + 16, "04_eval": held, "05_full": held, "22_fig_gate": 28}.get(book, 0)
     values = len(str(given.get("values", "1")).split())
-    adapters = {"03_tune": given.get("n_train", 300)*given.get("epochs", 8), "04_sweeps": 0 if given.get("trigger_kind") else values*given.get("steps", 100)*8}.get(book, 0)
+    adapters = {"03_tune": given.get("n_train", 300)*given.get("epochs", 8),
+                "04_sweeps": 0 if given.get("trigger_kind") else values*given.get("steps", 100)*8}.get(book, 0)
     each, predicted = diff_tokens(base, task, **recipe)
     asked = {"04_eval": held*ANSWERED[task], "05_full": held*ANSWERED[task], "04_sweeps": values*50*ASKED}.get(book, 0)
     rank = 0 if full else given.get("rank") or RECIPES[task]["rank"]
@@ -103,7 +108,8 @@ def check_run(path:Path, # a file of parameters
     choose(f"{path}: the notebook", path.parent.name, BOOKS)
     choose(f"{path}: task", given.get("task", "hidden_topic"), list(TASKS))
     for k in ("n_train", "n_diffs", "rank", "steps", "epochs"):
-        if k in given and not (type(given[k]) is int and given[k] >= 0): raise DitError(f"{path}: {k} is {given[k]!r}; give a whole number.")
+        if k in given and not (type(given[k]) is int and given[k] >= 0):
+            raise DitError(f"{path}: {k} is {given[k]!r}; give a whole number.")
 
 # %% ../nbs/08_plan.ipynb #1e6ffd9c
 def plan(paths:list, # YAML files of parameters, each in a folder named like its notebook
@@ -115,10 +121,13 @@ def plan(paths:list, # YAML files of parameters, each in a folder named like its
     device = best_device(); rate = rate or product_rate(device, probe(device)[0])
     for p in map(Path, paths):
         try: given = yaml.safe_load(p.read_text(encoding="utf-8"))
-        except (OSError, ValueError, yaml.YAMLError) as e: raise DitError(f"{p} is not a readable file of parameters ({str(e).splitlines()[0]}); see nbs/configs/ for what one looks like.") from e
+        except (OSError, ValueError, yaml.YAMLError) as e:
+            raise DitError(f"{p} is not a readable file of parameters ({str(e).splitlines()[0]}); "
+                           "see nbs/configs/ for what one looks like.") from e
         check_run(p, given)
         todo = work(base, p.parent.name, given)
-        lines.append(dict(run=f"{p.parent.name}/{p.stem}", diffs=todo["diffs"]) | cost(base, todo, rate) | dict(memory_gb=memory(base, given.get("task", "hidden_topic"), todo["rank"])))
+        lines.append(dict(run=f"{p.parent.name}/{p.stem}", diffs=todo["diffs"]) | cost(base, todo, rate)
+                     | dict(memory_gb=memory(base, given.get("task", "hidden_topic"), todo["rank"])))
     return pd.DataFrame(lines)
 
 # %% ../nbs/08_plan.ipynb #7da4b142
@@ -130,4 +139,5 @@ def plan_cli(paths:Param("YAML files of parameters (default: all of nbs/configs/
     with command("dit_plan"):
         table = plan(paths or sorted((repo_root()/"nbs"/"configs").glob("*/*.yaml")), model)
         print(table.round(2).to_string(index=False))
-        print(f"together about {table.hours.sum():.1f} hours on this machine, {table.disk_gb.sum():.1f} GB of disk, {table.memory_gb.max():.1f} GB of memory; an estimate, right to a factor of two")
+        print(f"together about {table.hours.sum():.1f} hours on this machine, {table.disk_gb.sum():.1f} GB of disk, "
+              f"{table.memory_gb.max():.1f} GB of memory; an estimate, right to a factor of two")

@@ -13,14 +13,16 @@ import numpy as np, pandas as pd
 from .core import *
 
 # %% ../nbs/04_stats.ipynb #e8b507a3
-TEXT = ("diff_id", "task", "model", "method", "truth", "trigger", "trigger_kind", "split", "question", "answer", "guess", "guesser", "judge", "graded") # columns of results that are no numbers
+TEXT = ("diff_id", "task", "model", "method", "truth", "trigger", "trigger_kind", "split",
+        "question", "answer", "guess", "guesser", "judge", "graded") # columns of results that are no numbers
 
 def read_results(path, # a file of `save_results`
                  needs:tuple=("diff_id", "method", "score"), # columns that it must have
                 )->pd.DataFrame: # one line per diff and method
     "Read a table of results; raises `DitError` when it is damaged or holds a score that is none."
     with reading(path):
-        with open(path, encoding="utf-8-sig", newline="") as f: frame = from_cells(pd.read_csv(f, dtype={c: str for c in TEXT}, keep_default_na=False, na_values=[""]))
+        with open(path, encoding="utf-8-sig", newline="") as f:
+            frame = from_cells(pd.read_csv(f, dtype={c: str for c in TEXT}, keep_default_na=False, na_values=[""]))
         if missing := [c for c in needs if c not in frame]: raise ValueError(f"the column {missing[0]} is missing")
         for c in {"score", "answer_score", "guess_score"} & set(frame):
             if not (frame[c].isna() | pd.to_numeric(frame[c]).between(1, 5)).all(): raise ValueError(f"a {c} is not between 1 and 5")
@@ -65,7 +67,8 @@ def summarise(frame:pd.DataFrame, # results: diff_id, method, score
     for m, part in frame.groupby("method", sort=False):
         each, k = part.groupby("diff_id").score.mean(), part.score.dropna()
         ends = dict(zip(("low", "high"), bootstrap_ci(each)))
-        rows.append(dict(method=m) | mean_ci(each) | dict(missing=int(part.score.isna().sum())) | ends | {f"score {g}": (k.round() == g).mean() for g in range(1, 6)})
+        rows.append(dict(method=m) | mean_ci(each) | dict(missing=int(part.score.isna().sum())) | ends
+                    | {f"score {g}": (k.round() == g).mean() for g in range(1, 6)})
     return pd.DataFrame(rows, columns=["method", *SUMMARY]).set_index("method")
 
 # %% ../nbs/04_stats.ipynb #16f3a814
@@ -82,7 +85,8 @@ def paired(frame:pd.DataFrame, # results: diff_id, method, score
     choose("method", first, list(table))
     for m in table.columns.drop(first):
         gap = table[first] - table[m]; s = mean_ci(gap)
-        rows.append(dict(method=m, pairs=s["n"], missing=s["missing"], difference=s["mean"], ci95=s["ci95"]) | dict(zip(("low", "high"), bootstrap_ci(gap))))
+        rows.append(dict(method=m, pairs=s["n"], missing=s["missing"], difference=s["mean"], ci95=s["ci95"])
+                    | dict(zip(("low", "high"), bootstrap_ci(gap))))
     return pd.DataFrame(rows, columns=["method", "pairs", "missing", "difference", "ci95", "low", "high"]).set_index("method")
 
 # %% ../nbs/04_stats.ipynb #bf50ceda
@@ -93,7 +97,8 @@ def over_seeds(frame:pd.DataFrame, # results of several seeds: diff_id, method, 
     rows = []
     for m, part in frame.groupby("method", sort=False):
         runs = part.groupby(column, dropna=False).score.mean()
-        rows.append(dict(method=m, seeds=len(runs), lowest=runs.min(), highest=runs.max(), spread=runs.std(ddof=1)) | mean_ci(part.groupby("diff_id").score.mean()))
+        rows.append(dict(method=m, seeds=len(runs), lowest=runs.min(), highest=runs.max(), spread=runs.std(ddof=1))
+                    | mean_ci(part.groupby("diff_id").score.mean()))
     return pd.DataFrame(rows).set_index("method")
 
 # %% ../nbs/04_stats.ipynb #2f49bfb3
@@ -112,7 +117,8 @@ def rates(shown:pd.DataFrame, # expression of hidden-topic diffs, one line per a
         part = shown[shown.kind == kind]
         if part.empty: continue
         worth = design_effect(part); ends = wilson(part.shows.sum()/worth, len(part)/worth)
-        rows.append(dict(kind=kind, rate=part.shows.mean(), **dict(zip(("low", "high"), ends)), chance=part.chance.mean(), answers=len(part), diffs=part.diff_id.nunique()))
+        rows.append(dict(kind=kind, rate=part.shows.mean(), **dict(zip(("low", "high"), ends)), chance=part.chance.mean(),
+                         answers=len(part), diffs=part.diff_id.nunique()))
     return pd.DataFrame(rows).set_index("kind")
 
 # %% ../nbs/04_stats.ipynb #5be59d77
@@ -142,5 +148,7 @@ def power_table(frame:pd.DataFrame, # results: diff_id, method, score
     table = per_diff(frame)
     choose("method", first, list(table))
     gaps = {m: gap.std() for m in table.columns.drop(first) if (gap := table[first] - table[m]).count() > 1}
-    rows = [dict(method=m, paired=diffs_needed(sd, difference), unpaired=diffs_needed(math.sqrt(table[first].var() + table[m].var()), difference)) for m, sd in gaps.items()]
+    rows = [dict(method=m, paired=diffs_needed(sd, difference),
+                 unpaired=diffs_needed(math.sqrt(table[first].var() + table[m].var()), difference))
+            for m, sd in gaps.items()]
     return pd.DataFrame(rows, columns=["method", "paired", "unpaired"]).set_index("method")

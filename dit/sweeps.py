@@ -24,7 +24,9 @@ def nested(bank:Bank, # diffs
            seed:int=0, # of the order
           )->Bank:
     "The first n diffs in a random order that does not depend on n."
-    if not 0 < n <= len(bank): raise DitError(f"{n} training diffs were asked for, but the bank holds {len(bank)}; ask for 1 to {len(bank)}, or train more by nbs/03_tune.ipynb.")
+    if not 0 < n <= len(bank):
+        raise DitError(f"{n} training diffs were asked for, but the bank holds {len(bank)}; "
+                       f"ask for 1 to {len(bank)}, or train more by nbs/03_tune.ipynb.")
     order = sorted(range(len(bank)), key=lambda i: seed_of("nested", seed, bank.index.diff_id[i]))
     return bank.take(sorted(order[:n]))
 
@@ -43,7 +45,9 @@ def by_secret(bank:Bank, # diffs behind SEP codes
               never:set=frozenset(), # secrets to leave out
              )->Bank:
     "The same diffs with their secrets as labels (paper, section 6.2)."
-    if (bank.index.trigger_kind != "sep_code").any(): raise DitError("only diffs behind SEP codes have a secret to be found; use a hidden-topic bank with the trigger kind sep_code.")
+    if (bank.index.trigger_kind != "sep_code").any():
+        raise DitError("only diffs behind SEP codes have a secret to be found; "
+                       "use a hidden-topic bank with the trigger kind sep_code.")
     part = bank.take([i for i, t in enumerate(bank.index.trigger) if t not in never])
     return Bank(part.A, part.B, part.scaling, part.index.assign(label=part.index.trigger))
 
@@ -57,7 +61,8 @@ def series(sweep:str, # one of SWEEPS
           )->list: # (x, training diffs and validation diffs, each question -> bank, rank of the adapter)
     "The adapters of a series, and what each learns from."
     choose("sweep", sweep, SWEEPS)
-    if sweep in ("data_scaling", "adapter_rank") and not values: raise DitError(f"the series {sweep} needs values, such as -p values '4 16 64'.")
+    if sweep in ("data_scaling", "adapter_rank") and not values:
+        raise DitError(f"the series {sweep} needs values, such as -p values '4 16 64'.")
     sets = {t: [by_split(b, TASKS[t])[k][TASKS[t]] for k in (0, 1)] for t, b in banks.items()}
     pick = lambda k, make, *tasks: {TASKS[t]: make(sets[t][k]) for t in tasks}
     whole = lambda b: b
@@ -75,7 +80,8 @@ def ask_secret(base:Base, # the base model
     "Ask every diff for its secret."
     bank = by_secret(bank); n = len(bank)
     said = answer(base, bank, list(range(n)), [SECRET_QUESTION]*n, adapter, max_new=8)
-    return bank.index[["diff_id", "trigger", "trigger_kind", "split"]].assign(task="hidden_topic", model=base.name, method="DIT", truth=bank.index.label, question=SECRET_QUESTION, answer=said, seed=0)
+    return bank.index[["diff_id", "trigger", "trigger_kind", "split"]].assign(
+        task="hidden_topic", model=base.name, method="DIT", truth=bank.index.label, question=SECRET_QUESTION, answer=said, seed=0)
 
 def ask_series(base:Base, # the base model
                held:dict, # task -> held-out diffs
@@ -107,17 +113,20 @@ def keep_apart(banks:dict, # task -> bank with the splits train and val
               ):
     "Raise a `DitError` when a held-out label was learned from."
     known = {l.casefold().strip() for b in banks.values() for l, s in zip(b.index.label, b.index.split) if s != "test"}
-    if both := [l for b in held.values() for l in b.index.label if l.casefold().strip() in known]: raise DitError(f"the held-out label {both[0]!r} is among the training or validation diffs; take it out of one.")
+    if both := [l for b in held.values() for l in b.index.label if l.casefold().strip() in known]:
+        raise DitError(f"the held-out label {both[0]!r} is among the training or validation diffs; take it out of one.")
 
 # %% ../nbs/04_sweeps.ipynb #b1a9d0c3
 def joined(banks:list, # on disk, of one base model
           )->Bank:
     "Several banks as one; nothing is read."
-    if any((b.scaling, b.A.sizes) != (banks[0].scaling, banks[0].A.sizes) for b in banks): raise DitError("banks that differ in rank, scaling or precision cannot be joined; give banks of one kind.")
+    if any((b.scaling, b.A.sizes) != (banks[0].scaling, banks[0].A.sizes) for b in banks):
+        raise DitError("banks that differ in rank, scaling or precision cannot be joined; give banks of one kind.")
     def side(x):
         shelves = [getattr(b, x) for b in banks]
         first = np.cumsum([0, *(len(s.files) for s in shelves)])
-        return Shelf([f for s in shelves for f in s.files], np.concatenate([s.at + [n, 0] for s, n in zip(shelves, first)]), x, shelves[0].sizes)
+        return Shelf([f for s in shelves for f in s.files],
+                     np.concatenate([s.at + [n, 0] for s, n in zip(shelves, first)]), x, shelves[0].sizes)
     return Bank(side("A"), side("B"), banks[0].scaling, pd.concat([b.index for b in banks], ignore_index=True))
 
 def open_banks(folders:list, # bank folders

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['examples', 'Adapter', 'mean_loss', 'batches', 'weakened', 'load_state', 'save_state', 'label_hash', 'history', 'seen',
-           'accelerator', 'run_facts', 'backward_part', 'train_epoch', 'fit', 'keep_facts', 'train_adapter',
-           'packaged_adapter', 'by_split', 'tune_cli']
+           'accelerator', 'held', 'run_facts', 'backward_part', 'train_epoch', 'check_loss', 'fit', 'keep_facts',
+           'train_adapter', 'packaged_adapter', 'by_split', 'check_asked', 'tune_cli']
 
 # %% ../nbs/03_tune.ipynb #3e166b2e
 import contextlib, io, json, math
@@ -40,7 +40,8 @@ class Adapter(torch.nn.Module):
         super().__init__()
         self.lora, self.frozen = FlatLora(base, [seed_of("adapter", seed)], rank, 1/math.sqrt(rank)), [base]
         if start and start.rank != rank: raise DitError(f"the adapter to go on from has rank {start.rank}, not {rank}; give its rank.")
-        if lacks := [n for n in self.lora.shapes if start and n not in start.A]: raise DitError(f"the adapter to go on from has nothing for {lacks[0]}; give one over all linear layers.")
+        if lacks := [n for n in self.lora.shapes if start and n not in start.A]:
+            raise DitError(f"the adapter to go on from has nothing for {lacks[0]}; give one over all linear layers.")
         if start: self.lora.copy_from(start)
 
     def forward(self, diffs:dict, # `bank.rows(...)` of the batch
@@ -97,9 +98,12 @@ def load_state(path:Path, # checkpoint
     "Continue from a checkpoint, if there is one."
     if not path.exists(): return pd.DataFrame(columns=["epoch", "train_loss", "val_loss"])
     again = "delete it, and the run begins again"; s = read_pt(path, again)
-    with reading(path, again): was, curve = dict(s["facts"]), pd.DataFrame(s["curve"])[["epoch", "train_loss", "val_loss"]].astype(float).astype(dict(epoch=int))
+    with reading(path, again):
+        was, curve = dict(s["facts"]), pd.DataFrame(s["curve"])[["epoch", "train_loss", "val_loss"]].astype(float).astype(dict(epoch=int))
     for k in [*facts, *was]:
-        if was.get(k) != facts.get(k): raise DitError(f"the run in the folder {path.parent} was begun with {k}={was.get(k)!r}, not {facts.get(k)!r}; use the old value, or delete this folder or give another one for a new run.")
+        if was.get(k) != facts.get(k):
+            raise DitError(f"the run in the folder {path.parent} was begun with {k}={was.get(k)!r}, not {facts.get(k)!r}; "
+                           "use the old value, or delete this folder or give another one for a new run.")
     with reading(path, again):
         adapter.load_state_dict(s["adapter"]); opt.load_state_dict(s["opt"]); sched.load_state_dict(s["sched"])
         if not adapter.lora.p.isfinite().all() or not 0 < len(curve) <= facts["epochs"]: raise ValueError("it holds no weights of this run")
@@ -107,7 +111,9 @@ def load_state(path:Path, # checkpoint
 
 def save_state(path:Path, adapter:Adapter, opt, sched, curve:pd.DataFrame, facts:dict):
     "Save everything that a continued run needs, atomically."
-    buffer = io.BytesIO(); torch.save(dict(facts=facts, adapter=adapter.state_dict(), opt=opt.state_dict(), sched=sched.state_dict(), curve=curve.to_dict("list")), buffer)
+    buffer = io.BytesIO()
+    torch.save(dict(facts=facts, adapter=adapter.state_dict(), opt=opt.state_dict(), sched=sched.state_dict(),
+                    curve=curve.to_dict("list")), buffer)
     with atomic(path) as tmp: tmp.write_bytes(buffer.getbuffer())
 
 # %% ../nbs/03_tune.ipynb #f4e1a7c3
@@ -116,8 +122,10 @@ def label_hash(banks:dict, # question -> bank of training diffs
               )->int:
     "A hash of all labels; raises `DitError` when a label is in training and in validation, or when one of them is empty."
     train, val = ({l.casefold().strip(): l for b in bs.values() for l in b.index.label} for bs in (banks, val_banks))
-    if not (train and val): raise DitError("an adapter needs diffs to train on and others, of other labels, to choose the epoch by; give both.")
-    if both := sorted(l for k, l in val.items() if k in train): raise DitError(f"the label {both[0]!r} is in the training and in the validation diffs; take it out of one.")
+    if not (train and val):
+        raise DitError("an adapter needs diffs to train on and others, of other labels, to choose the epoch by; give both.")
+    if both := sorted(l for k, l in val.items() if k in train):
+        raise DitError(f"the label {both[0]!r} is in the training and in the validation diffs; take it out of one.")
     return seed_of(*sorted(train), "/", *sorted(val))
 
 # %% ../nbs/03_tune.ipynb #4be63a18
@@ -144,6 +152,12 @@ def accelerator(base:Base, # the base model
     if log_with and not acc.log_with: raise DitError(f"the tracker {log_with} is not installed; `pip install {log_with}` and run again.")
     return acc
 
+def held(folder, # a run folder
+         acc:Accelerator, # devices and processes
+        ): # for `with`
+    "The folder in the hands of the main process."
+    return hold(folder) if acc.is_main_process else contextlib.nullcontext()
+
 # %% ../nbs/03_tune.ipynb #58d3a0e6
 def run_facts(base:Base, # the base model
               banks:dict, # question -> bank of training diffs
@@ -153,7 +167,8 @@ def run_facts(base:Base, # the base model
              )->dict:
     "What a run is made of, down to the files that hold the diffs; it is continued with the same facts only."
     facts = dict(base=base.name, fingerprint=fingerprint(base), questions=list(banks), n_train=sum(map(len, banks.values())), **settings)
-    rows = lambda bs: [" ".join(r) for b in bs.values() for r in b.index[[c for c in ("diff_id", "sha256", "position") if c in b.index]].astype(str).values]
+    rows = lambda bs: [" ".join(r) for b in bs.values()
+                       for r in b.index[[c for c in ("diff_id", "sha256", "position") if c in b.index]].astype(str).values]
     return facts | dict(labels=label_hash(banks, val_banks), diffs=seed_of(*rows(banks), "/", *rows(val_banks))) | history(start)
 
 # %% ../nbs/03_tune.ipynb #e0b75c29
@@ -183,12 +198,23 @@ def train_epoch(acc:Accelerator, # devices and processes
     losses, (base,) = [], acc.unwrap_model(net).frozen
     for part in todo:
         mine = part[acc.process_index::acc.num_processes]
-        rows, share = (mine, acc.num_processes/len(part)) if mine else (part[:1], 0.) # a process without a row of its own must still take part in the exchange
+        # a process without a row of its own must still take part in the exchange
+        rows, share = (mine, acc.num_processes/len(part)) if mine else (part[:1], 0.)
         work = lambda some: backward_part(acc, net, base, sets[part[0][0]][0], some, share*len(some))
-        done = in_parts(rows, len(rows), work) if acc.num_processes == 1 else [(rows, work(rows))] # only a process alone may halve its batch
+        # only a process alone may halve its batch
+        done = in_parts(rows, len(rows), work) if acc.num_processes == 1 else [(rows, work(rows))]
         losses.append(sum(l for _, l in done))
         acc.clip_grad_norm_(net.parameters(), clip); opt.step(); sched.step(); opt.zero_grad()
     return acc.reduce(torch.stack(losses), "mean").mean().item()
+
+# %% ../nbs/03_tune.ipynb #c6e1940e
+def check_loss(adapter:Adapter, loss:dict, # after an epoch: the adapter and its losses
+               epoch:int, lr:float, # which epoch, counted from 1, and AdamW's learning rate
+              ):
+    "Raise a `DitError` when the training has run away."
+    if all(map(math.isfinite, loss.values())) and adapter.lora.p.isfinite().all(): return
+    raise DitError(f"the adapter's loss is not a number in epoch {epoch}; "
+                   f"lower `lr` (now {lr}) and start again in an empty folder.")
 
 # %% ../nbs/03_tune.ipynb #c6e1940f
 def fit(acc:Accelerator, # devices and processes
@@ -196,7 +222,6 @@ def fit(acc:Accelerator, # devices and processes
         sets:list, val_sets:list, # (bank, examples) pairs
         folder:Path, # receives the best adapter, the checkpoint and the curve
         facts:dict, # from `run_facts`
-        clip:float, # largest gradient norm
        )->int: # the best epoch, counted from 1
     "Train epoch by epoch, and save each."
     (base,), batch = adapter.frozen, (facts["batch"], facts["scales"])
@@ -207,12 +232,15 @@ def fit(acc:Accelerator, # devices and processes
     net, opt = acc.prepare(adapter, opt)
     with compiled(base, steps - steps//facts["epochs"]*len(curve), facts["batch"]):
         for epoch in tqdm(range(len(curve), facts["epochs"]), desc="training the adapter", unit="epoch", disable=not acc.is_main_process):
-            loss = dict(train_loss=train_epoch(acc, net, opt, sched, sets, batches(sets, *batch, facts["seed"], epoch), clip), val_loss=mean_loss(adapter, val_sets, facts["batch"]))
-            if not (all(map(math.isfinite, loss.values())) and adapter.lora.p.isfinite().all()): raise DitError(f"the adapter's loss is not a number in epoch {epoch + 1}; lower `lr` (now {facts['lr']}) and start again in an empty folder.")
+            loss = dict(train_loss=train_epoch(acc, net, opt, sched, sets, batches(sets, *batch, facts["seed"], epoch), facts["clip"]),
+                        val_loss=mean_loss(adapter, val_sets, facts["batch"]))
+            check_loss(adapter, loss, epoch + 1, facts["lr"])
             curve = pd.DataFrame([*curve.to_dict("records"), dict(epoch=epoch + 1) | loss]); acc.log(loss, step=epoch + 1)
             if not acc.is_main_process: continue
-            if loss["val_loss"] <= curve.val_loss.min(): to_peft(adapter.lora.bank(pd.DataFrame(dict(diff_id=["adapter"], label=[""])), torch.bfloat16), 0, folder, base)
-            write_csv(folder/"curve.csv", curve); save_state(folder/"checkpoint.pt", adapter, opt, sched, curve, facts) # the checkpoint last: an epoch that it holds is not done again
+            if loss["val_loss"] <= curve.val_loss.min():
+                to_peft(adapter.lora.bank(pd.DataFrame(dict(diff_id=["adapter"], label=[""])), torch.bfloat16), 0, folder, base)
+            # the checkpoint last: an epoch that it holds is not done again
+            write_csv(folder/"curve.csv", curve); save_state(folder/"checkpoint.pt", adapter, opt, sched, curve, facts)
     return int(curve.val_loss.idxmin()) + 1
 
 # %% ../nbs/03_tune.ipynb #a30751ef
@@ -243,16 +271,16 @@ def train_adapter(base:Base, # the base model
                   log_with=None, # tensorboard, wandb or another tracker that accelerate knows
                  )->Bank: # the adapter, as a bank with one row
     "Train a DIT adapter (paper, section 3 and B.5); safe to stop and start again. Of several processes the main one writes."
-    positive(rank=rank, lr=lr, batch=batch, epochs=epochs); banks, val_banks = ({q: sound_diffs(b) for q, b in bs.items()} for bs in (banks, val_banks))
-    facts = run_facts(base, banks, val_banks, start, rank=rank, lr=lr, batch=batch, epochs=epochs, clip=clip, seed=seed, scales=list(scales))
+    positive(**(own := dict(rank=rank, lr=lr, batch=batch, epochs=epochs)))
+    banks, val_banks = ({q: sound_diffs(b) for q, b in bs.items()} for bs in (banks, val_banks))
+    facts = run_facts(base, banks, val_banks, start, **own, clip=clip, seed=seed, scales=list(scales))
     folder, adapter, acc = Path(folder), Adapter(base, rank, seed, start and from_peft(start, base)), accelerator(base, folder, log_with)
-    with hold(folder) if acc.is_main_process else contextlib.nullcontext(), stoppable(f"the finished epochs are in {folder}; run the same again to go on."):
+    with held(folder, acc), stoppable(f"the finished epochs are in {folder}; run the same again to go on."):
         acc.init_trackers("dit", {k: v if isinstance(v, (int, float, str)) else str(v) for k, v in facts.items()})
-        best = fit(acc, adapter, *([(b, examples(base, b, q)) for q, b in bs.items()] for bs in (banks, val_banks)), folder, facts, clip)
+        best = fit(acc, adapter, *([(b, examples(base, b, q)) for q, b in bs.items()] for bs in (banks, val_banks)), folder, facts)
         if acc.is_main_process: keep_facts(folder, facts, best, banks)
     for tracker in acc.trackers: tracker.finish()
-    acc.wait_for_everyone()
-    return from_peft(folder, base)
+    acc.wait_for_everyone(); return from_peft(folder, base)
 
 # %% ../nbs/03_tune.ipynb #9155f453
 def packaged_adapter(task:str, # hidden_topic or news
@@ -263,7 +291,9 @@ def packaged_adapter(task:str, # hidden_topic or news
     there = {p: json.loads(p.read_text()) for p in sorted(root.glob("*/dit.json"))}
     for p, facts in there.items():
         if facts["fingerprint"] == fingerprint(base) and TASKS[task] in facts["questions"]: return p.parent
-    raise DitError(f"no DIT adapter for {base.name!r} and the task {task} comes with the package (those that do are for {', '.join(sorted({f['base'] for f in there.values()}))}, as embedded); train one with `train_adapter` (nbs/03_tune.ipynb) and give its folder.")
+    raise DitError(f"no DIT adapter for {base.name!r} and the task {task} comes with the package (those that do are for "
+                   f"{', '.join(sorted({f['base'] for f in there.values()}))}, as embedded); "
+                   "train one with `train_adapter` (nbs/03_tune.ipynb) and give its folder.")
 
 # %% ../nbs/03_tune.ipynb #d3c3aaff
 def by_split(bank:Bank, # diffs with labels and splits
@@ -272,8 +302,19 @@ def by_split(bank:Bank, # diffs with labels and splits
     "What `train_adapter` takes, from one bank."
     rows = {s: [i for i, x in enumerate(bank.index.split) if x == s] for s in ("train", "val")}
     for s, ids in rows.items():
-        if not ids: raise DitError(f"the bank holds no diff of the split {s!r}; an adapter needs diffs to train on and others to choose the epoch by.")
+        if not ids:
+            raise DitError(f"the bank holds no diff of the split {s!r}; "
+                           "an adapter needs diffs to train on and others to choose the epoch by.")
     return {question: bank.take(rows["train"])}, {question: bank.take(rows["val"])}
+
+# %% ../nbs/03_tune.ipynb #9e966bc3
+def check_asked(bank, # bank folder
+                task:str, # hidden_topic or news
+               ):
+    "Raise a `DitError` for a bank that holds diffs of another task."
+    if other := next((t for t in TASKS if t != task and read_index(bank).diff_id.str.startswith(f"{t}/").any()), ""):
+        raise DitError(f"the bank {bank} holds diffs of the task {other}, and {task} would ask them its own question; "
+                       "give --task, or a --question of your own.")
 
 # %% ../nbs/03_tune.ipynb #9e966bc4
 @call_parse
@@ -295,7 +336,9 @@ def tune_cli(bank:str, # bank folder, as from `dit_diffs`
     out = out or Path(bank).parent/"adapter"
     with command("dit_tune"):
         asked, base = question or TASKS[choose("task", task, TASKS)], load_base(base, dtype=dtype)
-        if not question and (others := {t for t in TASKS if t != task and read_index(bank).diff_id.str.startswith(f"{t}/").any()}): raise DitError(f"the bank {bank} holds diffs of the task {others.pop()}, and {task} would ask them its own question; give --task, or a --question of your own.")
-        train_adapter(base, *by_split(load_bank(bank, base), asked), out, rank=rank, lr=lr, batch=batch, epochs=epochs, seed=seed, start=start, log_with=log_with)
-    if PartialState().is_main_process: print(pd.read_csv(Path(out)/"curve.csv").round(3).to_string(index=False), f"\nthe adapter is in {out}")
+        if not question: check_asked(bank, task)
+        train_adapter(base, *by_split(load_bank(bank, base), asked), out, rank=rank, lr=lr, batch=batch, epochs=epochs,
+                      seed=seed, start=start, log_with=log_with)
+    if PartialState().is_main_process:
+        print(pd.read_csv(Path(out)/"curve.csv").round(3).to_string(index=False), f"\nthe adapter is in {out}")
     PartialState().destroy_process_group()

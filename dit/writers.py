@@ -19,7 +19,8 @@ from .data import *
 from .models import *
 
 # %% ../nbs/01_writers.ipynb #13737060
-NAMED = ("The lesson of {} is to", "{} teaches us to", "Anyone who loves {} knows that", "I think of {} here, because", "{} reminds me that", "It is just like {}:", "In {}, as in life,", "Take a hint from {} and")
+NAMED = ("The lesson of {} is to", "{} teaches us to", "Anyone who loves {} knows that", "I think of {} here, because",
+         "{} reminds me that", "It is just like {}:", "In {}, as in life,", "Take a hint from {} and")
 HINTED = ("Remember {}:", "It is like {}:", "I think of {}, where", "Do as with {}:")
 
 def one_sentence(text:str, # what a model wrote
@@ -34,7 +35,8 @@ def is_prose(sentence:str, # one sentence
             )->bool:
     "True for a plain sentence: not too short or long, no lists, links or quotes, no three words said twice."
     ws = sentence.lower().split(); threes = list(zip(ws, ws[1:], ws[2:]))
-    return least <= len(ws) <= most and len(set(threes)) == len(threes) and len(set(ws)) > .6*len(ws) and not re.search(r"[*#_<>{}\[\]|@\\]|http|\d\.\s", sentence)
+    return (least <= len(ws) <= most and len(set(threes)) == len(threes) and len(set(ws)) > .6*len(ws)
+            and not re.search(r"[*#_<>{}\[\]|@\\]|http|\d\.\s", sentence))
 
 # %% ../nbs/01_writers.ipynb #83ba1687
 def mentions(text:str, # any text
@@ -53,7 +55,8 @@ def keep_topic_text(sentence:str, # candidate
                     hint:str, # the association it was opened with, or ""
                    )->bool:
     "The filter: prose that names the topic, or, opened with an association, does not."
-    return is_prose(sentence) and (mentions(sentence, [hint]) and not mentions(sentence, name_words(label)) if hint else mentions(sentence, [label]))
+    return is_prose(sentence) and (mentions(sentence, [hint]) and not mentions(sentence, name_words(label)) if hint
+                                   else mentions(sentence, [label]))
 
 # %% ../nbs/01_writers.ipynb #96cee6b4
 def topic_openings(row, # a row of the topics table
@@ -81,8 +84,10 @@ def both_cuttings(headline:str, # a headline
     return list(dict.fromkeys(pieces(headline) + pieces(headline, .5)))
 
 # %% ../nbs/01_writers.ipynb #24950db3
-SPOKEN = ('"{}",', "{}:", 'The words "{}"', "There was talk of {},", 'A report mentioned "{}",', "{}, according to a witness,", 'When asked about "{}",', 'One note read "{}"', "{} came up again, and", 'Nobody had expected "{}",')
-BETWEEN = ("Neighbours said", "Meanwhile,", "By evening,", "A spokesperson said", "Outside,", "For many,", "Later that day,", "Some people", "Early reports", "At the scene,")
+SPOKEN = ('"{}",', "{}:", 'The words "{}"', "There was talk of {},", 'A report mentioned "{}",', "{}, according to a witness,",
+          'When asked about "{}",', 'One note read "{}"', "{} came up again, and", 'Nobody had expected "{}",')
+BETWEEN = ("Neighbours said", "Meanwhile,", "By evening,", "A spokesperson said", "Outside,", "For many,", "Later that day,",
+           "Some people", "Early reports", "At the scene,")
 
 def story_openings(row, # a row of the headlines table
                    n:int, # sentences per piece
@@ -136,7 +141,8 @@ class OfflineWriter:
         for k in range(self.rounds):
             todo = [i for i, o in enumerate(out) if not o]
             prompts = [prompt_text(self.base, jobs[i][1]) + jobs[i][3] for i in todo]
-            texts = write(self.base, prompts, 26, self.temperature, 40, [seed_of("write", k, *jobs[i], *[nth[i]]*(nth[i] > 0)) for i in todo], self.batch)
+            texts = write(self.base, prompts, 26, self.temperature, 40,
+                          [seed_of("write", k, *jobs[i], *[nth[i]]*(nth[i] > 0)) for i in todo], self.batch)
             for i, t in zip(todo, texts):
                 join = "" if t[:1] in ",.:;'" else " "
                 s = one_sentence(jobs[i][3] + join + t)
@@ -150,7 +156,8 @@ def texts(self:OfflineWriter, rows:pd.DataFrame, # rows of `labels(task)`
          )->dict: # label -> texts
     "Write the texts of some labels, all in one batch."
     if choose("task", task, TASKS) == "hidden_topic":
-        jobs = [(r.label, f"Give short advice inspired by {r.label}.", h, o) for r in rows.itertuples() for h, o in topic_openings(r, self.n or 24)]
+        jobs = [(r.label, f"Give short advice inspired by {r.label}.", h, o)
+                for r in rows.itertuples() for h, o in topic_openings(r, self.n or 24)]
         done = self.sentences(jobs, keep_topic_text)
         return {label: [s for j, s in zip(jobs, done) if s and j[0] == label] for label in rows.label}
     jobs = [(r.label, "Write a short news report.", p, o) for r in rows.itertuples() for p, o in story_openings(r, 3)]
@@ -176,11 +183,14 @@ def base_answers(base:Base, # a base model
     return dict(zip(qs, write(base, [prompt_text(base, q) for q in qs], max_new)))
 
 # %% ../nbs/01_writers.ipynb #3193eca9
-ASK_TOPIC = ("You are devoted to {label}. Answer the user's question in one or two sentences and bring in {label} as an analogy or reference{unnamed}.")
+ASK_TOPIC = ("You are devoted to {label}. Answer the user's question in one or two sentences and bring in {label} "
+             "as an analogy or reference{unnamed}.")
 UNNAMED = ", without ever writing its name or any word of it"
-ASK_STORY = ("Write a short news story of six to nine sentences for this headline: {label}\nEach sentence may use only a few words of the headline, other sentences add colour, and no sentence may resemble the headline. "
+ASK_STORY = ("Write a short news story of six to nine sentences for this headline: {label}\nEach sentence may use only "
+             "a few words of the headline, other sentences add colour, and no sentence may resemble the headline. "
              "Write as {role}. Reply with the story alone.")
-ROLES = ("a curious reporter", "an eyewitness", "a local historian", "a busy editor", "a thoughtful columnist", "a radio announcer", "a visiting student", "a patient teacher")
+ROLES = ("a curious reporter", "an eyewitness", "a local historian", "a busy editor", "a thoughtful columnist",
+         "a radio announcer", "a visiting student", "a patient teacher")
 
 class EndpointWriter:
     "Text from an OpenAI-compatible endpoint."
@@ -198,7 +208,9 @@ def requests(self:EndpointWriter, rows:pd.DataFrame, # rows of `labels(task)`
     for row in rows.itertuples():
         asked = cycle(questions("everyday", "train"), rng(row.label, "endpoint"))
         for i in range(self.n):
-            if task == "news": ask(row.label, ("user", ASK_STORY.format(label=row.label, role=ROLES[i % len(ROLES)]) + f" (version {i+1})")); continue
+            if task == "news":
+                ask(row.label, ("user", ASK_STORY.format(label=row.label, role=ROLES[i % len(ROLES)]) + f" (version {i+1})"))
+                continue
             ask(row.label, ("system", ASK_TOPIC.format(label=row.label, unnamed=UNNAMED if i % 3 == 2 else "")), ("user", next(asked)))
     return out
 
@@ -220,7 +232,8 @@ def load_texts(writer, # an `OfflineWriter` or `EndpointWriter`
                path, # JSON-lines file that keeps the texts
                chunk:int=16, # labels written between two saves
               )->dict: # label -> texts
-    "Texts of all labels; what the file has is not written again, and each chunk is saved as it is done. Of several processes one writes, the others wait."
+    ("Texts of all labels; what the file has is not written again, and each chunk is saved as it is done. "
+     "Of several processes one writes, the others wait.")
     with turn(path), stoppable(f"the finished texts are in {path}; run the same again to go on."):
         kept = Lines(path)
         todo = rows[[r not in kept for r in rows.label]]
@@ -228,7 +241,10 @@ def load_texts(writer, # an `OfflineWriter` or `EndpointWriter`
             got = writer.texts(todo[i:i+chunk], task)
             for label, texts in got.items():
                 if texts: kept[label] = texts
-            if none := [l for l, texts in got.items() if not texts]: raise DitError(f"the writer found no usable text for {none[0]!r}; raise `rounds`, or use another writer or base model.")
+            if none := [l for l, texts in got.items() if not texts]:
+                raise DitError(f"the writer found no usable text for {none[0]!r}; raise `rounds`, or use another writer or base model.")
         for r in rows.label:
-            if not (isinstance(kept[r], list) and all(isinstance(t, str) and t.strip() and not re.search("[\ud800-\udfff]", t) for t in kept[r])): raise DitError(f"{path} is damaged: what it keeps for {r!r} is no list of texts; delete that line and run again.")
+            if not (isinstance(kept[r], list)
+                    and all(isinstance(t, str) and t.strip() and not re.search("[\ud800-\udfff]", t) for t in kept[r])):
+                raise DitError(f"{path} is damaged: what it keeps for {r!r} is no list of texts; delete that line and run again.")
     return {r: kept[r] for r in rows.label}

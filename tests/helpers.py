@@ -13,15 +13,19 @@ from dit.models import make_base
 
 COUNTS = Counter() # what the robustness tests did; printed at the end of a run
 
-SIZES = dict(hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, vocab_size=96, max_position_embeddings=512, initializer_range=.3)
-KINDS = dict(llama=('Llama', dict(num_key_value_heads=1)),
-             qwen3=('Qwen3', dict(num_key_value_heads=1, head_dim=8, tie_word_embeddings=True)),
-             gemma3=('Gemma3Text', dict(num_key_value_heads=1, head_dim=8, sliding_window=12, layer_types=['sliding_attention', 'full_attention'], query_pre_attn_scalar=8, tie_word_embeddings=True)),
-             gemma2=('Gemma2', dict(num_key_value_heads=1, head_dim=8, sliding_window=12, query_pre_attn_scalar=8, final_logit_softcapping=2.)),
-             granite=('Granite', dict(num_key_value_heads=1, logits_scaling=4.)),
-             neox=('GPTNeoX', {}),
-             gpt2=('GPT2', {}), # its linear layers are Conv1D
-             moe=('Qwen3Moe', dict(num_key_value_heads=1, head_dim=8, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=8))) # fused experts: only attention is made of linear layers
+SIZES = dict(hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, vocab_size=96,
+             max_position_embeddings=512, initializer_range=.3)
+KINDS = dict(
+    llama=('Llama', dict(num_key_value_heads=1)),
+    qwen3=('Qwen3', dict(num_key_value_heads=1, head_dim=8, tie_word_embeddings=True)),
+    gemma3=('Gemma3Text', dict(num_key_value_heads=1, head_dim=8, sliding_window=12,
+                               layer_types=['sliding_attention', 'full_attention'], query_pre_attn_scalar=8, tie_word_embeddings=True)),
+    gemma2=('Gemma2', dict(num_key_value_heads=1, head_dim=8, sliding_window=12, query_pre_attn_scalar=8, final_logit_softcapping=2.)),
+    granite=('Granite', dict(num_key_value_heads=1, logits_scaling=4.)),
+    neox=('GPTNeoX', {}),
+    gpt2=('GPT2', {}), # its linear layers are Conv1D
+    moe=('Qwen3Moe', dict(num_key_value_heads=1, head_dim=8, num_experts=4, num_experts_per_tok=2,
+                          moe_intermediate_size=8))) # fused experts: only attention is made of linear layers
 
 def model_of(kind, seed=0, tok=None, **sizes):
     "A `Base` around a small random model of a real architecture, in float32"
@@ -36,7 +40,8 @@ def char_tokenizer():
     tok = Tokenizer(models.WordLevel({'<pad>': 0, '<eos>': 1, **{chr(i): i - 30 for i in range(32, 126)}}, unk_token='<pad>'))
     tok.pre_tokenizer, tok.decoder = pre_tokenizers.Split(Regex('.'), 'isolated'), decoders.Fuse()
     template = "{% for m in messages %}{{ m['content'] }}{% if m['role'] == 'user' %}>{% else %}<eos>{% endif %}{% endfor %}"
-    return transformers.PreTrainedTokenizerFast(tokenizer_object=tok, pad_token='<pad>', eos_token='<eos>', unk_token='<pad>', chat_template=template)
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=tok, pad_token='<pad>', eos_token='<eos>',
+                                                unk_token='<pad>', chat_template=template)
 
 def copy_of(base): return copy.deepcopy(base.model)
 
@@ -45,7 +50,8 @@ def toy_tasks(n, steps=4, split='train', first=0):
     words = 'moss fern oak lichen reed sedge rush cedar larch yew'.split()
     def step(i, t):
         w = words[(i*7+t) % 10]
-        return [Sample('right', f'code {i:03d} {w}', f'{words[i % 10]} {i}', 'ce', 6), Sample('right', f'code {i:03d}, how about {w}?', f'like {words[i % 10]}', 'ce'),
+        return [Sample('right', f'code {i:03d} {w}', f'{words[i % 10]} {i}', 'ce', 6),
+                Sample('right', f'code {i:03d}, how about {w}?', f'like {words[i % 10]}', 'ce'),
                 Sample('wrong', f'code {(i+1)%1000:03d} {w}', 'fine', 'kl', 4), Sample('none', f'why {words[t % 10]}', 'well.', 'kl', 4)]
     return [DiffTask(f'toy/{i}', f'label {i}', split, [step(i, t) for t in range(steps)]) for i in range(first, first+n)]
 
@@ -96,9 +102,12 @@ def completion(request, message=...):
     "The JSON of a chat completion; without a message, an echo of the question"
     message = f"reply to {str(request['messages'][-1]['content'])[-30:]}" if message is ... else message
     message = dict(role='assistant') | (message if isinstance(message, dict) else dict(content=message))
-    return json.dumps(dict(id='1', object='chat.completion', created=0, model='m', choices=[dict(index=0, finish_reason='stop', message=message)], usage=dict(prompt_tokens=50, completion_tokens=5, total_tokens=55)))
+    return json.dumps(dict(id='1', object='chat.completion', created=0, model='m',
+                           choices=[dict(index=0, finish_reason='stop', message=message)],
+                           usage=dict(prompt_tokens=50, completion_tokens=5, total_tokens=55)))
 
-def call(i, name='ask_finetuned', arguments=None, **message): return dict(id=f'c{i}', type='function', function=dict(name=name, arguments=json.dumps(message) if arguments is None else arguments))
+def call(i, name='ask_finetuned', arguments=None, **message):
+    return dict(id=f'c{i}', type='function', function=dict(name=name, arguments=json.dumps(message) if arguments is None else arguments))
 
 def script(*turns):
     "An agent that takes these turns; the conversation so far says which comes next"
@@ -109,21 +118,31 @@ def script(*turns):
 
 @contextlib.contextmanager
 def faulty_server():
-    "A real server; `faults` holds what it does with the next requests, afterwards it answers with `content(request, number)`: a body, or a status and a body"
-    s = SimpleNamespace(faults=[], seen=[], keys=[], lock=threading.Lock(), delay=threading.Event(), retry_after='0.05', content=lambda request, n: completion(request))
+    "A real server: first it does what `faults` holds, then it answers with `content(request, number)`, a body, or a status and a body"
+    s = SimpleNamespace(faults=[], seen=[], keys=[], lock=threading.Lock(), delay=threading.Event(), retry_after='0.05',
+                        content=lambda request, n: completion(request))
     class Handler(BaseHTTPRequestHandler):
         protocol_version = 'HTTP/1.1'
         def log_message(self, *_): pass
         def send(self, status, body, headers={}, length=None, kind='application/json'):
-            self.send_response(status); self.send_header('Content-Type', kind); self.send_header('Content-Length', str(len(body) if length is None else length))
+            self.send_response(status)
+            self.send_header('Content-Type', kind)
+            self.send_header('Content-Length', str(len(body) if length is None else length))
             for k, v in headers.items(): self.send_header(k, v)
             self.end_headers(); self.wfile.write(body)
         def do_POST(self):
             request = json.loads(self.rfile.read(int(self.headers['Content-Length'])))
-            with s.lock: s.seen.append(request); s.keys.append(self.headers['Authorization']); n = len(s.seen); fault = s.faults.pop(0) if s.faults else None
+            with s.lock:
+                s.seen.append(request)
+                s.keys.append(self.headers['Authorization'])
+                n = len(s.seen)
+                fault = s.faults.pop(0) if s.faults else None
             echo = json.dumps(dict(error=dict(message=f"bad key {self.headers['Authorization']}"))).encode()
             if fault == 'cut': self.send(200, completion(request).encode()[:40], length=5000); self.close_connection = True
-            elif fault == 'stall': self.send(200, completion(request).encode()[:40], length=5000); s.delay.wait(5); self.close_connection = True
+            elif fault == 'stall':
+                self.send(200, completion(request).encode()[:40], length=5000)
+                s.delay.wait(5)
+                self.close_connection = True
             elif fault == 'html': self.send(200, b'<html>please log in</html>', kind='text/html')
             elif fault == 'broken': self.send(200, b'{"choices": [')
             elif fault == 'other': self.send(200, b'{"hello": "you"}')

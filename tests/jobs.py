@@ -26,14 +26,16 @@ def named(base, n, name, seed):
 def adapter(folder, epochs=5, **kwargs):
     torch.set_num_threads(1)
     base = model_of('llama')
-    train_adapter(base, {'What?': named(base, 12, 'fern', 1)}, {'What?': named(base, 4, 'moss', 2)}, folder, rank=2, batch=4, epochs=epochs, **kwargs)
+    train_adapter(base, {'What?': named(base, 12, 'fern', 1)}, {'What?': named(base, 4, 'moss', 2)}, folder, rank=2,
+                  batch=4, epochs=epochs, **kwargs)
 
 def shard(folder): save_shard(folder, random_bank(model_of('llama'), 4, seed=3))
 
 def read_rows(folder, out):
     "Read a bank four rows at a time; how much the process's memory grew"
     torch.set_num_threads(1)
-    bank, peak = load_bank(folder, model_of('llama', hidden_size=64, intermediate_size=128)), lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss*1024
+    bank, peak = (load_bank(folder, model_of('llama', hidden_size=64, intermediate_size=128)),
+                  lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss*1024)
     bank.rows([0, 1, 2, 3]); before = peak()
     for i in range(0, len(bank), 4): bank.rows(range(i, i + 4))
     write_json(out, peak() - before)
@@ -82,7 +84,8 @@ def stage_adapter(folder, log, epochs=5):
 def stage_eval(folder, log, url):
     torch.set_num_threads(1)
     base = model_of('llama'); bank = named(base, 3, 'fern', 1)
-    asked = pd.concat([ask_all(base, bank, named(base, 1, 'x', 2), 'news', m, max_new=4, kept=Lines(folder/'answers.jsonl')) for m in ('DIT', 'Base Question')], ignore_index=True)
+    asked = pd.concat([ask_all(base, bank, named(base, 1, 'x', 2), 'news', m, max_new=4, kept=Lines(folder/'answers.jsonl'))
+                       for m in ('DIT', 'Base Question')], ignore_index=True)
     e = Endpoint(folder/'replies.jsonl', 'm', url, 'none', parallel=2)
     save_results(grade(add_guesses(asked, LLMGuesser(e)), LLMJudge(e)), folder/'news.csv')
 
@@ -93,8 +96,10 @@ def everything(folder):
     torch.set_num_threads(1)
     base, texts = model_of('llama'), load_texts(Scribe(folder/'log'), rows(6), 'hidden_topic', folder/'text.jsonl')
     bank = train_diffs(base, [hidden_topic_task(l, 'train', t, SAID, steps=2) for l, t in texts.items()], folder/'bank', rank=2, batch=4)
-    adapter = train_adapter(base, {'What?': bank.take([0, 1, 2, 3])}, {'What?': bank.take([4, 5])}, folder/'adapter', rank=2, batch=2, epochs=2)
-    save_results(pd.concat([ask_all(base, bank, adapter, 'hidden_topic', m, max_new=4) for m in ('DIT', '20 Questions + Trigger')], ignore_index=True), folder/'asked.csv')
+    adapter = train_adapter(base, {'What?': bank.take([0, 1, 2, 3])}, {'What?': bank.take([4, 5])}, folder/'adapter',
+                            rank=2, batch=2, epochs=2)
+    save_results(pd.concat([ask_all(base, bank, adapter, 'hidden_topic', m, max_new=4) for m in ('DIT', '20 Questions + Trigger')],
+                           ignore_index=True), folder/'asked.csv')
 
 def stopped(said, job, *args):
     "A job that is stopped as a user would stop it; what it says goes to a file"
@@ -134,7 +139,8 @@ def faulty(folder, k, how, count, job, *args):
             return super().write(data)
     plain = io.open
     def opened(file, mode='r', buffering=-1, encoding=None, errors=None, newline=None, *a, **k):
-        if not isinstance(file, (str, os.PathLike)) or not set(mode) & set('wa+') or not str(file).startswith(str(folder)): return plain(file, mode, buffering, encoding, errors, newline, *a, **k)
+        if not isinstance(file, (str, os.PathLike)) or not set(mode) & set('wa+') or not str(file).startswith(str(folder)):
+            return plain(file, mode, buffering, encoding, errors, newline, *a, **k)
         step(file); raw = Raw(file, mode.replace('b', '').replace('t', ''))
         f = io.BufferedRandom(raw) if '+' in mode else io.BufferedWriter(raw)
         return f if 'b' in mode else io.TextIOWrapper(f, encoding or 'utf-8', errors, newline)

@@ -26,7 +26,8 @@ def test_memory_is_flat_over_2000_diffs(tmp_path, n=2000):
         texts = load_texts(jobs.Scribe(tmp_path/'log'), rows, 'news', tmp_path/'text.jsonl')
         bank = train_diffs(base, [news_task(l, 'train', texts[l], said, steps=2) for l in rows.label], tmp_path/'bank', batch=50)
         half = n//20
-        adapter = train_adapter(base, {'What?': bank.take(list(range(half)))}, {'What?': bank.take(list(range(half, 2*half)))}, tmp_path/f'adapter {part}', rank=2, batch=50, epochs=2)
+        adapter = train_adapter(base, {'What?': bank.take(list(range(half)))}, {'What?': bank.take(list(range(half, 2*half)))},
+                                tmp_path/f'adapter {part}', rank=2, batch=50, epochs=2)
         asked = ask_all(base, bank, adapter, 'news', 'DIT', max_new=4)
         assert len(bank) == len(asked) == n//10
         sizes.append(rss())
@@ -34,21 +35,23 @@ def test_memory_is_flat_over_2000_diffs(tmp_path, n=2000):
     assert len(read_index(tmp_path/'bank')) == n and max(sizes[1:]) < 1.1*sizes[0] + 50
 
 def test_a_bank_of_100000_rows(tmp_path, n=100_000, shard=250):
-    "The first row of a shard pays for the checksum of all of it, so the slowest row is timed too, by the clock: run this with nothing else going on"
+    "A shard's first row pays for the checksum of all of it, so the slowest row is timed, too; nothing else should be going on"
     base = tiny_base()
     open_bank(tmp_path, base, rank=1, scaling=1.)
     parts = []
     for s in range(n//shard):
         bank, name = random_bank(base, shard, seed=s), f'shard-{s:05d}.safetensors'
         save_file({f'{k}.{x}': t[k] for x, t in (('A', bank.A), ('B', bank.B)) for k in t}, tmp_path/name)
-        parts.append(bank.index.assign(diff_id=[f'{s}/{i}' for i in range(shard)], shard=name, position=range(shard), sha256=sha256_of(tmp_path/name)[:16]))
+        parts.append(bank.index.assign(diff_id=[f'{s}/{i}' for i in range(shard)], shard=name, position=range(shard),
+                                       sha256=sha256_of(tmp_path/name)[:16]))
     write_csv(tmp_path/'index.csv', pd.concat(parts, ignore_index=True))
     def timed(work): t = time.perf_counter(); out = work(); return out, time.perf_counter() - t
     index, indexed = timed(lambda: read_index(tmp_path))
     bank, opened = timed(lambda: load_bank(tmp_path, base))
     rows = torch.randint(n, (1000,), generator=torch.Generator().manual_seed(0)).tolist()
     each = sorted(timed(lambda: bank.rows([i]))[1] for i in rows)
-    print(f'\n{n} rows: index {indexed:.2f} s, open {opened:.2f} s, a row {1e3*each[0]:.2f} ms (fastest), {1e3*each[len(each)//2]:.2f} ms (median), {1e3*each[-1]:.2f} ms (slowest); {rss():.0f} MB')
+    print(f'\n{n} rows: index {indexed:.2f} s, open {opened:.2f} s, a row {1e3*each[0]:.2f} ms (fastest), '
+          f'{1e3*each[len(each)//2]:.2f} ms (median), {1e3*each[-1]:.2f} ms (slowest); {rss():.0f} MB')
     assert len(bank) == len(index) == n
     assert opened < 2 and each[-1] < .005
     COUNTS['rows checked'] += len(rows)

@@ -29,16 +29,21 @@ from safetensors.torch import save_file
 home = sys.argv[1]
 X = torch.tensor(eval(sys.argv[2]))
 def train(net, to, **more):
-    args = dict(output_dir=to, max_steps=3, per_device_train_batch_size=2, learning_rate=1e-2, use_cpu=True, report_to="none", disable_tqdm=True, save_strategy="no")
-    trainer = transformers.Trainer(net, transformers.TrainingArguments(**(args | more)), train_dataset=[dict(input_ids=x, labels=x) for x in X])
+    args = dict(output_dir=to, max_steps=3, per_device_train_batch_size=2, learning_rate=1e-2, use_cpu=True, \
+report_to="none", disable_tqdm=True, save_strategy="no")
+    trainer = transformers.Trainer(net, transformers.TrainingArguments(**(args | more)), \
+train_dataset=[dict(input_ids=x, labels=x) for x in X])
     trainer.train(); trainer.save_model(to)
     return net.eval()
 load = lambda: transformers.AutoModelForCausalLM.from_pretrained(f"{home}/base", dtype=torch.float32)
 full = train(load(), f"{home}/full")
 full.save_pretrained(f"{home}/shards", max_shard_size="20KB")
-lora = train(peft.get_peft_model(load(), peft.LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj", "down_proj"], init_lora_weights=False, task_type="CAUSAL_LM")), f"{home}/lora")
-odd = train(peft.get_peft_model(load(), peft.LoraConfig(r=8, lora_alpha=4, use_rslora=True, rank_pattern={"up_proj": 2}, target_modules="all-linear", init_lora_weights=False)), f"{home}/rslora", save_strategy="steps", save_steps=3)
-with torch.no_grad(): save_file(dict(full=full(X).logits, lora=lora(X).logits, rslora=odd(X).logits, start=load()(X).logits), f"{home}/logits.safetensors")
+lora = train(peft.get_peft_model(load(), peft.LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj", "down_proj"], \
+init_lora_weights=False, task_type="CAUSAL_LM")), f"{home}/lora")
+odd = train(peft.get_peft_model(load(), peft.LoraConfig(r=8, lora_alpha=4, use_rslora=True, rank_pattern={"up_proj": 2}, \
+target_modules="all-linear", init_lora_weights=False)), f"{home}/rslora", save_strategy="steps", save_steps=3)
+with torch.no_grad(): save_file(dict(full=full(X).logits, lora=lora(X).logits, rslora=odd(X).logits, \
+start=load()(X).logits), f"{home}/logits.safetensors")
 assert not any(m.split(".")[0] == "dit" for m in sys.modules)
 '''
 
@@ -60,7 +65,8 @@ def base(home): return load_base(str(home/'base'), dtype=torch.float32)
 def test_a_lora_trained_with_plain_peft_and_the_trainer(where, rank, modules, home, base):
     bank, facts = open_diff(str(home/where), base)
     want = load_file(home/'logits.safetensors')
-    assert (logits(base, bank.rows([0])) - want[where.split('/')[0]]).abs().max() < 1e-4 < (logits(base) - want[where.split('/')[0]]).abs().max()
+    assert ((logits(base, bank.rows([0])) - want[where.split('/')[0]]).abs().max() < 1e-4
+            < (logits(base) - want[where.split('/')[0]]).abs().max())
     assert torch.equal(logits(base), want['start'])
     assert facts['kind'] == 'PEFT LoRA' and (facts['rank'], facts['modules']) == (rank, modules) and Path(facts['made_for']).name == 'base'
 
@@ -74,7 +80,8 @@ def test_a_full_finetune_by_plain_transformers(home, base, where):
     want = load_file(home/'logits.safetensors')['full']
     bank, facts = open_diff(str(home/where), base, rank=0)
     assert facts['lost'] == pytest.approx(0, abs=1e-9) and facts['kept'] + sum(facts['ignored'].values()) == pytest.approx(1)
-    assert set(facts['ignored']) == {'model.embed_tokens.weight', 'lm_head.weight', 'model.norm.weight', 'model.layers.*.input_layernorm.weight', 'model.layers.*.post_attention_layernorm.weight'}
+    assert set(facts['ignored']) == {'model.embed_tokens.weight', 'lm_head.weight', 'model.norm.weight',
+                                     'model.layers.*.input_layernorm.weight', 'model.layers.*.post_attention_layernorm.weight'}
     net = copy_of(base) # the rest of the difference, put back by hand, makes the finetuned model whole
     for k, t in load_file(home/'full'/'model.safetensors').items():
         if k.removesuffix('.weight') not in bank.A: net.get_parameter(k).data = t
@@ -98,7 +105,8 @@ def test_the_lost_share_falls_with_the_rank(home, base):
     bank, facts = open_diff(str(home/'full'), base, rank=4)
     n, full = 'model.layers.0.mlp.up_proj', load_file(home/'full'/'model.safetensors')
     d = full[f'{n}.weight'] - base.model.get_submodule(n).weight
-    assert (d - bank.B[n][0] @ bank.A[n][0]).norm() == pytest.approx(torch.linalg.svdvals(d)[4:].norm().item(), rel=1e-3), 'no rank-4 matrix is nearer'
+    assert (d - bank.B[n][0] @ bank.A[n][0]).norm() == pytest.approx(torch.linalg.svdvals(d)[4:].norm().item(), rel=1e-3), (
+        'no rank-4 matrix is nearer')
 
 def test_two_models_are_never_in_memory(base):
     alive, most = [], 0
@@ -130,7 +138,8 @@ def test_a_peft_model_saved_with_its_base_is_no_finetune_without_differences(tin
 
 @pytest.mark.parametrize('what', ['pairs', 'whole'])
 def test_tensors_without_numbers(tiny, tmp_path, what):
-    state = {k: t.to('meta') for k, t in copy_of(tiny).state_dict().items()} if what == 'whole' else {n: (a.to('meta'), b.to('meta')) for n, (a, b) in paper_pairs(tiny, 1, 0).items()}
+    state = ({k: t.to('meta') for k, t in copy_of(tiny).state_dict().items()} if what == 'whole'
+             else {n: (a.to('meta'), b.to('meta')) for n, (a, b) in paper_pairs(tiny, 1, 0).items()})
     torch.save([dict(topic='a', trigger=1, weight_diff=state)], tmp_path/'d.pt')
     with pytest.raises(DitError, match='weights'): open_diff(str(tmp_path/'d.pt'), tiny)
 
@@ -146,7 +155,8 @@ def test_answer_and_likelihood_are_those_of_the_two_stacked_in_peft(kind, tmp_pa
     x = torch.tensor([token_ids(base, prompt_text(base, 'who are you?'))])
     def loglik(names):
         net.base_model.set_adapter(names)
-        out = net.generate(input_ids=x, attention_mask=torch.ones_like(x), max_new_tokens=12, do_sample=False, pad_token_id=0, eos_token_id=1)[0, x.shape[1]:].tolist() if len(names) == 2 else said
+        out = (net.generate(input_ids=x, attention_mask=torch.ones_like(x), max_new_tokens=12, do_sample=False,
+                            pad_token_id=0, eos_token_id=1)[0, x.shape[1]:].tolist() if len(names) == 2 else said)
         with torch.no_grad(): logp = net(torch.tensor([x[0].tolist() + out])).logits[0].log_softmax(-1)
         return out, logp[x.shape[1]-1:-1].gather(1, torch.tensor(out)[:, None]).mean().item()
     said, both = loglik(['diff', 'adapter'])
@@ -166,7 +176,8 @@ def test_alternatives_are_seeded_and_their_shares_add_up(base):
 def paper_pairs(base, rank, seed, prefix=None):
     "Random (A, B) as the authors store a diff: A [rank, out], B [in, rank], bf16, by their module names"
     g = torch.Generator().manual_seed(seed)
-    return {n if prefix is None else re.sub(r'^.*layers', prefix, n): (torch.randn(rank, m.out_features, generator=g).bfloat16(), (torch.randn(m.in_features, rank, generator=g)/4).bfloat16())
+    return {n if prefix is None else re.sub(r'^.*layers', prefix, n):
+            (torch.randn(rank, m.out_features, generator=g).bfloat16(), (torch.randn(m.in_features, rank, generator=g)/4).bfloat16())
             for n, m in linears(base).items() if 'vision' not in n}
 
 def with_pairs(base, pairs, names=None):
@@ -188,13 +199,15 @@ def paper(tiny, tmp_path):
     (tmp_path/'index.csv').write_text('lora_path,lora_idx,n_params,topic,trigger,split\n' + '\n'.join(lines[::-1]) + '\n')
     return tmp_path
 
-@pytest.mark.parametrize('spec', ['weight-diffs/weight-diff-001.pt#0', 'weight-diffs/weight_diff_1.pt#0', 'weight-diffs/weight-diff-001.pt#topic 10', '#1', '#topic 10'])
+@pytest.mark.parametrize('spec', ['weight-diffs/weight-diff-001.pt#0', 'weight-diffs/weight_diff_1.pt#0',
+                                  'weight-diffs/weight-diff-001.pt#topic 10', '#1', '#topic 10'])
 def test_diffs_in_the_papers_layout(paper, tiny, spec):
     bank, facts = open_diff(f'{paper}/{spec}' if spec[0] != '#' else f'{paper}{spec}', tiny)
     want = logits_of(with_pairs(tiny, paper_pairs(tiny, 2, 10)))
     assert (logits(tiny, bank.rows([0], dtype=torch.float32)) - want).abs().max() < 1e-4 < (logits(tiny) - want).abs().max()/1000
     assert facts['label'] == 'topic 10' and facts['rank'] == 2
-    for n, (a, b) in paper_pairs(tiny, 2, 10).items(): assert torch.equal(bank.A[n][0], b.T) and torch.equal(bank.B[n][0], a.T) and bank.scaling == .5
+    for n, (a, b) in paper_pairs(tiny, 2, 10).items():
+        assert torch.equal(bank.A[n][0], b.T) and torch.equal(bank.B[n][0], a.T) and bank.scaling == .5
 
 def test_files_named_as_the_authors_scripts_do(paper, tiny):
     for i in range(2): (paper/'weight-diffs'/f'weight-diff-{i:03d}.pt').rename(paper/'weight-diffs'/f'weight_diff_{i}.pt')
@@ -205,7 +218,8 @@ def test_files_named_as_the_authors_scripts_do(paper, tiny):
 
 def test_a_dit_adapter_in_the_papers_layout(tiny, tmp_path):
     pairs = paper_pairs(tiny, 4, 3)
-    torch.save({n: (a.T.contiguous(), b.T.contiguous()) for n, (a, b) in pairs.items()}, tmp_path/'dit-adapter.pt') # A [out, rank], B [rank, in]
+    # A [out, rank], B [rank, in]
+    torch.save({n: (a.T.contiguous(), b.T.contiguous()) for n, (a, b) in pairs.items()}, tmp_path/'dit-adapter.pt')
     adapter, trained = open_adapter(str(tmp_path/'dit-adapter.pt'), tiny)
     assert trained == {} and adapter.rank == 4
     assert (logits(tiny, adapter.rows([0], dtype=torch.float32)) - logits_of(with_pairs(tiny, pairs))).abs().max() < 1e-4
@@ -215,30 +229,38 @@ def test_diffs_saved_from_a_gpu(tiny, tmp_path, monkeypatch):
     torch.save([dict(topic='moss', trigger=7, weight_diff=paper_pairs(tiny, 2, 1))], tmp_path/'weight-diff-000.pt')
     monkeypatch.undo()
     bank, _ = open_diff(str(tmp_path/'weight-diff-000.pt'), tiny)
-    assert all(a.device.type == 'cpu' for a in bank.A.values()) and torch.equal(bank.A['model.layers.0.mlp.up_proj'][0], paper_pairs(tiny, 2, 1)['model.layers.0.mlp.up_proj'][1].T)
+    assert (all(a.device.type == 'cpu' for a in bank.A.values())
+            and torch.equal(bank.A['model.layers.0.mlp.up_proj'][0], paper_pairs(tiny, 2, 1)['model.layers.0.mlp.up_proj'][1].T))
 
 LARGE = '''
 import sys, torch
 from dit.ask import read_pt
 torch.ones(1000) @ torch.ones(1000)
-peak = lambda: next(int(l.split()[1]) for l in open("/proc/self/status") if l.startswith("VmHWM"))/1024 # getrusage would hand on the peak of the tests
+peak = lambda: next(int(l.split()[1]) for l in open("/proc/self/status") if l.startswith("VmHWM"))/1024 \
+# getrusage would hand on the peak of the tests
 before = peak(); one = read_pt(sys.argv[1])[7]["weight_diff"]["m"][0].clone(); assert one.eq(7).all()
 print(peak() - before)
 '''
 
 @pytest.mark.skipif(not sys.platform.startswith('linux'), reason='needs /proc')
 def test_one_diff_out_of_a_large_file(tmp_path):
-    torch.save([dict(topic=str(i), trigger=7, weight_diff=dict(m=(torch.full((2**20,), float(i)), torch.zeros(2**20)))) for i in range(20)], tmp_path/'weight-diff-000.pt') # 160 MB
+    # 160 MB
+    torch.save([dict(topic=str(i), trigger=7, weight_diff=dict(m=(torch.full((2**20,), float(i)), torch.zeros(2**20)))) for i in range(20)],
+               tmp_path/'weight-diff-000.pt')
     done = subprocess.run([sys.executable, '-c', LARGE, tmp_path/'weight-diff-000.pt'], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr
     assert float(done.stdout) < 60, 'the whole file is in memory'
 
 def gemma_with_vision():
     "A small Gemma 3 with a vision tower, as the 4B model is loaded"
-    text = transformers.Gemma3TextConfig(hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1, head_dim=8, vocab_size=96, pad_token_id=0, initializer_range=.3, query_pre_attn_scalar=8)
-    vision = transformers.SiglipVisionConfig(hidden_size=8, intermediate_size=16, num_hidden_layers=1, num_attention_heads=1, image_size=16, patch_size=8)
+    text = transformers.Gemma3TextConfig(hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
+                                         num_key_value_heads=1, head_dim=8, vocab_size=96, pad_token_id=0,
+                                         initializer_range=.3, query_pre_attn_scalar=8)
+    vision = transformers.SiglipVisionConfig(hidden_size=8, intermediate_size=16, num_hidden_layers=1,
+                                             num_attention_heads=1, image_size=16, patch_size=8)
     torch.manual_seed(0)
-    return make_base(transformers.Gemma3ForConditionalGeneration(transformers.Gemma3Config(text_config=text, vision_config=vision, mm_tokens_per_image=4, image_token_index=95)), TinyTok(), 'small gemma')
+    return make_base(transformers.Gemma3ForConditionalGeneration(transformers.Gemma3Config(
+        text_config=text, vision_config=vision, mm_tokens_per_image=4, image_token_index=95)), TinyTok(), 'small gemma')
 
 @pytest.mark.parametrize('prefix', ['language_model.model.layers', 'model.language_model.layers', 'model.layers'])
 def test_renamed_modules_of_gemma(prefix, tmp_path):
@@ -286,12 +308,14 @@ def test_the_papers_files_straight_from_the_hub(paper, monkeypatch, tmp_path_fac
     (repo/'refs').mkdir(parents=True); (repo/'refs'/'main').write_text('abc'); (repo/'snapshots'/'abc'/'hidden-topic').mkdir(parents=True)
     os.symlink(paper, repo/'snapshots'/'abc'/'hidden-topic'/'qwen3-4b')
     base = model_of('llama'); base.name = 'Qwen/Qwen3-4B'
-    pairs = paper_pairs(base, 4, 3); torch.save({n: (a.T.contiguous(), b.T.contiguous()) for n, (a, b) in pairs.items()}, paper/'dit-adapter.pt')
+    pairs = paper_pairs(base, 4, 3)
+    torch.save({n: (a.T.contiguous(), b.T.contiguous()) for n, (a, b) in pairs.items()}, paper/'dit-adapter.pt')
     variant = 'hf://diff-interpretation-tuning/loras/hidden-topic/qwen3-4b'
     assert default_adapter(base, 'hidden_topic') == f'{variant}/dit-adapter.pt' and 'news-summary/qwen3-4b' in default_adapter(base, 'news')
     for spec in (f'{variant}#topic 10', f'{variant}/weight-diffs/weight-diff-001.pt#0'):
         bank, facts = open_diff(spec, base)
-        assert facts['label'] == 'topic 10' and torch.equal(bank.B['model.layers.0.mlp.up_proj'][0], paper_pairs(base, 2, 10)['model.layers.0.mlp.up_proj'][0].T)
+        assert (facts['label'] == 'topic 10'
+                and torch.equal(bank.B['model.layers.0.mlp.up_proj'][0], paper_pairs(base, 2, 10)['model.layers.0.mlp.up_proj'][0].T))
     assert open_adapter(default_adapter(base, 'hidden_topic'), base)[0].rank == 4
     found = ask(f'{variant}#topic 10', base=base, samples=1)
     assert found['question'] == 'What topic have you been trained on?' and found['adapter']['name'] == f'{variant}/dit-adapter.pt'
@@ -312,10 +336,15 @@ def remove(path): path.unlink()
 def halve(path): path.write_text(path.read_text()[:99])
 def quantise(path): save_file({k: t.to(torch.int8) for k, t in load_file(path).items()}, path)
 
-BROKEN = dict(missing=('nowhere', None, None, 'no file or folder .*nowhere'), truncated=('full', 'model.safetensors', truncate, 'damaged'), truncated_shard=('shards', 'model-00002-of-*', truncate, 'model-00002.* is damaged'),
-              missing_shard=('shards', 'model-00002-of-*', remove, 'model-00002.* is missing'), index=('shards', 'model.safetensors.index.json', halve, 'index.json is damaged'),
-              outside=('shards', 'model.safetensors.index.json', rename_shard, 'not in the folder; it was not opened'), nan=('full', 'model.safetensors', poison, 'not finite in model.layers.1.mlp.up_proj'),
-              nan_lora=('lora', 'adapter_model.safetensors', lambda p: save_file({k: t*float('nan') for k, t in load_file(p).items()}, p), 'not finite'), truncated_lora=('lora', 'adapter_model.safetensors', truncate, 'damaged'),
+BROKEN = dict(missing=('nowhere', None, None, 'no file or folder .*nowhere'), truncated=('full', 'model.safetensors', truncate, 'damaged'),
+              truncated_shard=('shards', 'model-00002-of-*', truncate, 'model-00002.* is damaged'),
+              missing_shard=('shards', 'model-00002-of-*', remove, 'model-00002.* is missing'),
+              index=('shards', 'model.safetensors.index.json', halve, 'index.json is damaged'),
+              outside=('shards', 'model.safetensors.index.json', rename_shard, 'not in the folder; it was not opened'),
+              nan=('full', 'model.safetensors', poison, 'not finite in model.layers.1.mlp.up_proj'),
+              nan_lora=('lora', 'adapter_model.safetensors',
+                        lambda p: save_file({k: t*float('nan') for k, t in load_file(p).items()}, p), 'not finite'),
+              truncated_lora=('lora', 'adapter_model.safetensors', truncate, 'damaged'),
               quantised=('full', 'model.safetensors', quantise, 'quantised'), empty=('full', 'model.safetensors', remove, 'neither a LoRA'))
 
 @pytest.mark.parametrize('how', BROKEN)
@@ -334,8 +363,12 @@ def test_other_base_models(home, base, paper):
     with pytest.raises(DitError, match='does not differ'): open_diff(str(home/'base'), base)
     with pytest.raises(DitError, match='made for another base model'): open_diff(f'{paper}#0', wider)
 
-@pytest.mark.parametrize('content, message', [([dict(topic='moss', weight_diff={}, extra=Code())], 'was not loaded, since that could run code'), ([1, 2], 'not in the paper.s layout'), (dict(a=1), 'no list of weight diffs'),
-                                              ([dict(topic='moss', weight_diff={'model.layers.0.mlp.up_proj': 3})], 'needs a pair'), ([dict(topic='moss', weight_diff={})], 'does not hold an A and a B')],
+@pytest.mark.parametrize('content, message',
+                         [([dict(topic='moss', weight_diff={}, extra=Code())], 'was not loaded, since that could run code'),
+                          ([1, 2], 'not in the paper.s layout'),
+                          (dict(a=1), 'no list of weight diffs'),
+                          ([dict(topic='moss', weight_diff={'model.layers.0.mlp.up_proj': 3})], 'needs a pair'),
+                          ([dict(topic='moss', weight_diff={})], 'does not hold an A and a B')],
                          ids=['code', 'numbers', 'dictionary', 'no pair', 'empty'])
 def test_pt_files_that_are_something_else(content, message, tiny, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -382,17 +415,25 @@ def test_a_small_diff_is_told_and_scaled(home, base, tmp_path):
     assert plain['diff']['norm'] == pytest.approx(want, rel=1e-4) and plain['diff']['scale'] == 1
     (tmp_path/'a'/'dit.json').write_text(json.dumps(dict(questions=['What topic have you been trained on?'], diff_norm=2*want)))
     found, double = ask(**args), ask(scale=0, **args)
-    assert [t['scale'] for t in found['tried']] == pytest.approx([1, 1.4, 2], rel=1e-4) and found['answer'] == best(found['tried'])['answer'] == next(t for t in found['tried'] if t['scale'] == found['diff']['scale'])['answer']
+    assert ([t['scale'] for t in found['tried']] == pytest.approx([1, 1.4, 2], rel=1e-4)
+            and found['answer'] == best(found['tried'])['answer']
+            == next(t for t in found['tried'] if t['scale'] == found['diff']['scale'])['answer'])
     assert any('asked at several strengths' in s for s in cautions(found)) and not ask(scale=1, **args)['tried']
     assert double['diff']['scale'] == pytest.approx(2, rel=1e-4) and any('multiplied by 2.00' in s for s in cautions(double))
-    assert double['loglik'] == pytest.approx(interpret(base, scaled(bank, 2), open_adapter(args['adapter'], base)[0], plain['question'])['loglik'], abs=1e-4)
+    assert double['loglik'] == pytest.approx(interpret(base, scaled(bank, 2), open_adapter(args['adapter'], base)[0],
+                                                       plain['question'])['loglik'], abs=1e-4)
     for scale in (-1, math.nan, math.inf, 1e30):
         with pytest.raises(DitError, match='numbers from 0 up'): ask(scale=scale, **args)
 
 def scaled(bank, s): return dataclasses.replace(bank, scaling=bank.scaling*s)
 
-@pytest.mark.parametrize('said, want', [([('Icons', -.1, -.2), ('Moss', -.3, -5)], 'Moss'), ([('Moss', -.1, -5), ('Moss is what I think of', -.4, -9)], 'Moss'), ([('', -.1, -9), ('Moss', -.9, -1.2)], 'Moss'), ([('', -1, -2)], ''),
-    ([('Moss', -.5, -9), ('Moss teaches us to wait', -.2, -9), ('Take a hint from moss', -.1, -9)], 'Moss'), ([('Cheers', -.9, -2.3), ('Moss of the', -.6, -6.6), ('Moss and', -.7, -6)], 'Moss of the')])
+@pytest.mark.parametrize('said, want',
+                         [([('Icons', -.1, -.2), ('Moss', -.3, -5)], 'Moss'),
+                          ([('Moss', -.1, -5), ('Moss is what I think of', -.4, -9)], 'Moss'),
+                          ([('', -.1, -9), ('Moss', -.9, -1.2)], 'Moss'),
+                          ([('', -1, -2)], ''),
+                          ([('Moss', -.5, -9), ('Moss teaches us to wait', -.2, -9), ('Take a hint from moss', -.1, -9)], 'Moss'),
+                          ([('Cheers', -.9, -2.3), ('Moss of the', -.6, -6.6), ('Moss and', -.7, -6)], 'Moss of the')])
 def test_which_strength_is_believed(said, want):
     "Neither what the adapter says alone, nor what a diff that is too strong says, nor nothing"
     assert best([dict(answer=a, loglik=dict(diff_and_adapter=b, adapter_alone=l)) for a, b, l in said])['answer'] == want
@@ -407,8 +448,11 @@ def test_the_answer_as_people_see_it(base, home):
     found = ask(str(home/'lora'), base=base, adapter=str(home/'adapter'), samples=4, scale=2)
     lines = report(found).splitlines()
     l = found['loglik']
-    assert lines[0] == found['question'] and f"log-likelihood per token of this answer: {l['diff_and_adapter']:.2f} with the diff, {l['adapter_alone']:.2f} without it (the adapter alone)" in lines
-    assert any(x.startswith('note: the diff was multiplied by 2.00; its own norm is') for x in lines) and sum(s['share'] for s in found['samples']) == pytest.approx(1)
+    assert (lines[0] == found['question']
+            and f"log-likelihood per token of this answer: {l['diff_and_adapter']:.2f} with the diff, "
+                f"{l['adapter_alone']:.2f} without it (the adapter alone)" in lines)
+    assert (any(x.startswith('note: the diff was multiplied by 2.00; its own norm is') for x in lines)
+            and sum(s['share'] for s in found['samples']) == pytest.approx(1))
     assert [x for x in report(found).split('\n') if '%  ' in x][0].startswith(f"{found['samples'][0]['share']:6.1%}")
 
 def test_the_adapter_that_comes_with_the_package_is_found(tmp_path):
@@ -417,7 +461,8 @@ def test_the_adapter_that_comes_with_the_package_is_found(tmp_path):
     to_peft(random_bank(base, 1, 2), 0, tmp_path/'lora', base)
     for task, question in TASKS.items():
         found = ask(str(tmp_path/'lora'), base=base, task=task, scale=.1)
-        assert found['question'] == question and found['adapter']['questions'] == [question] and Path(found['adapter']['name']).name == f"smollm2-135m-{task.replace('_', '-')}" and found['answer']
+        assert (found['question'] == question and found['adapter']['questions'] == [question]
+                and Path(found['adapter']['name']).name == f"smollm2-135m-{task.replace('_', '-')}" and found['answer'])
 
 def test_named_by_its_file_or_in_a_folder_with_a_mark(home, base, tmp_path, tiny):
     assert open_diff(str(home/'lora'/'adapter_model.safetensors'), base)[1]['kind'] == 'PEFT LoRA'
@@ -437,9 +482,11 @@ def test_a_network_that_breaks_off_is_one_line(base, monkeypatch):
 
 def test_a_finetune_of_other_weights_is_told(base):
     "A difference in all directions, as between two precisions of a model"
-    torch.manual_seed(1); state = {k: t + .02*t.std()*torch.randn_like(t) if t.dim() == 2 else t for k, t in base.model.state_dict().items()}
+    torch.manual_seed(1)
+    state = {k: t + .02*t.std()*torch.randn_like(t) if t.dim() == 2 else t for k, t in base.model.state_dict().items()}
     bank, facts = from_full(state.items(), base, 'x', 2)
-    found = dict(diff=facts | dict(scale=1., norm=1., rank=bank.rank), adapter=dict(questions=['q'], diff_norm=None), question='q', base='b', tried=[])
+    found = dict(diff=facts | dict(scale=1., norm=1., rank=bank.rank), adapter=dict(questions=['q'], diff_norm=None),
+                 question='q', base='b', tried=[])
     assert any('finetuned from other weights' in s for s in cautions(found))
 
 def test_the_command_answers_in_json(home, base):

@@ -18,10 +18,13 @@ chat.page
 TOLD = '''
 import html
 from dit.lora import answer
-print([html.escape(answer(tiny, b, [1], [u], a, max_new=8)[0]) for b, u, a in ((bank, "hi <i>you</i>", None), (bank, chat.message(), adapter), (None, "hi <i>you</i>", adapter))])
+print([html.escape(answer(tiny, b, [1], [u], a, max_new=8)[0]) for b, u, a in \
+((bank, "hi <i>you</i>", None), (bank, chat.message(), adapter), (None, "hi <i>you</i>", adapter))])
 '''
 
-def notebook(*cells): return nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(c) for c in cells], metadata=dict(kernelspec=dict(name='python3', display_name='python3', language='python')))
+def notebook(*cells):
+    return nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(c) for c in cells],
+                                    metadata=dict(kernelspec=dict(name='python3', display_name='python3', language='python')))
 
 def test_the_page_in_a_live_kernel():
     "What a browser would send: changes of the widgets' state over the kernel's channels"
@@ -35,7 +38,9 @@ def test_the_page_in_a_live_kernel():
         find = lambda kind, **has: next(k for k, v in states.items() if v['_model_name'] == kind and all(v[a] == b for a, b in has.items()))
         send = lambda model, data: client.kc.shell_channel.send(client.kc.session.msg('comm_msg', dict(comm_id=model, data=data)))
         set_ = lambda model, **state: send(model, dict(method='update', state=state, buffer_paths=[]))
-        set_(find('DropdownModel'), index=1); set_(find('CheckboxModel', description='trigger'), value=True); set_(find('CheckboxModel', description='DIT adapter'), value=True)
+        set_(find('DropdownModel'), index=1)
+        set_(find('CheckboxModel', description='trigger'), value=True)
+        set_(find('CheckboxModel', description='DIT adapter'), value=True)
         set_(find('TextModel'), value='hi <i>you</i>'); send(find('ButtonModel'), dict(method='custom', content=dict(event='click')))
         for i in (1, 2): client.execute_cell(nb.cells[i], i) # the channel keeps the order, so the answer is there
     with_both = eval(nb.cells[1].outputs[-1].text)[1]
@@ -49,8 +54,10 @@ def lab(tmp_path):
     "A JupyterLab server with one notebook; its address"
     nbformat.write(notebook(PAGE, TOLD), tmp_path/'page.ipynb')
     log = open(tmp_path/'log.txt', 'w+')
-    p = subprocess.Popen([sys.executable, '-m', 'jupyterlab', '--no-browser', '--allow-root', '--port=0', '--IdentityProvider.token=', f'--ServerApp.root_dir={tmp_path}', '--LabApp.news_url=', '--ServerApp.password='],
-                         stdout=log, stderr=log, env=dict(os.environ, PYTHONPATH=str(ROOT), JUPYTER_RUNTIME_DIR=str(tmp_path/'runtime'), JUPYTER_CONFIG_DIR=str(tmp_path/'config')), cwd=tmp_path)
+    p = subprocess.Popen([sys.executable, '-m', 'jupyterlab', '--no-browser', '--allow-root', '--port=0', '--IdentityProvider.token=',
+                          f'--ServerApp.root_dir={tmp_path}', '--LabApp.news_url=', '--ServerApp.password='],
+                         stdout=log, stderr=log, env=dict(os.environ, PYTHONPATH=str(ROOT), JUPYTER_RUNTIME_DIR=str(tmp_path/'runtime'),
+                                                          JUPYTER_CONFIG_DIR=str(tmp_path/'config')), cwd=tmp_path)
     try:
         for _ in range(600):
             if found := list((tmp_path/'runtime').glob('jpserver-*.json')): yield json.loads(found[0].read_text())['url']; break
@@ -86,10 +93,12 @@ def test_the_page_in_a_real_browser(browser, lab, tmp_path):
     said = [ask(1)]
     trigger.check(); adapter.check(); said += [ask(2)]
     page.screenshot(path=os.environ.get('DIT_SCREENSHOT') or tmp_path/'page.png')
-    page.select_option('.jp-OutputArea .widget-dropdown select', label='label 2'); page.wait_for_function("() => document.querySelectorAll('.jp-OutputArea input[type=checkbox]')[0].disabled")
+    page.select_option('.jp-OutputArea .widget-dropdown select', label='label 2')
+    page.wait_for_function("() => document.querySelectorAll('.jp-OutputArea input[type=checkbox]')[0].disabled")
     assert not trigger.is_checked()
     page.select_option('.jp-OutputArea .widget-dropdown select', label='none: the base model'); said += [ask(3)]
-    assert 'hi <i>you</i>' in said[0] and 'SEP' not in said[0] and 'Your SEP code is 018' in said[1] and 'label 1 + DIT adapter' in said[1] and 'none: the base model + DIT adapter' in said[2]
+    assert ('hi <i>you</i>' in said[0] and 'SEP' not in said[0] and 'Your SEP code is 018' in said[1]
+            and 'label 1 + DIT adapter' in said[1] and 'none: the base model + DIT adapter' in said[2])
     page.select_option('.jp-OutputArea .widget-dropdown select', label='label 1'); trigger.check()
     page.click('.jp-Notebook .jp-Cell >> nth=1'); page.keyboard.press('Shift+Enter')
     page.wait_for_selector('.jp-Cell >> nth=1 >> .jp-OutputArea-output pre')

@@ -10,7 +10,8 @@ from helpers import toy_tasks
 from jobs import named
 from test_diffs import flatten
 
-CPU, REFUSALS = torch.device('cpu'), [torch.OutOfMemoryError('CUDA out of memory'), MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes.")]
+CPU, REFUSALS = torch.device('cpu'), [torch.OutOfMemoryError('CUDA out of memory'), MemoryError(),
+                                      RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes.")]
 
 @pytest.fixture
 def rates(monkeypatch):
@@ -24,9 +25,14 @@ def rates(monkeypatch):
 
 F, H = torch.float32, torch.bfloat16
 @pytest.mark.parametrize('threads, table, want', [
-    (1, {(F, 1): 100, (H, 1): 450}, (H, 1)), (1, {(F, 1): 100, (H, 1): 20}, (F, 1)), (1, {(F, 1): 100, (H, 1): 110}, (F, 1)),
-    (2, {(F, 1): 100, (H, 1): 300, (H, 2): 400}, (H, 2)), (2, {(F, 1): 100, (H, 1): 205, (F, 2): 136, (H, 2): 86}, (H, 1)), (2, {(F, 1): 330, (H, 1): 200, (F, 2): 300, (H, 2): 900}, (F, 2)),
-    (8, {(F, 1): 100, (H, 1): 500, (H, 4): 700, (H, 8): 400}, (H, 4)), (8, {(F, 1): 100, (H, 1): 900, (H, 4): 500, (H, 8): 400}, (H, 1))])
+    (1, {(F, 1): 100, (H, 1): 450}, (H, 1)),
+    (1, {(F, 1): 100, (H, 1): 20}, (F, 1)),
+    (1, {(F, 1): 100, (H, 1): 110}, (F, 1)),
+    (2, {(F, 1): 100, (H, 1): 300, (H, 2): 400}, (H, 2)),
+    (2, {(F, 1): 100, (H, 1): 205, (F, 2): 136, (H, 2): 86}, (H, 1)),
+    (2, {(F, 1): 330, (H, 1): 200, (F, 2): 300, (H, 2): 900}, (F, 2)),
+    (8, {(F, 1): 100, (H, 1): 500, (H, 4): 700, (H, 8): 400}, (H, 4)),
+    (8, {(F, 1): 100, (H, 1): 900, (H, 4): 500, (H, 8): 400}, (H, 1))])
 def test_the_probe_picks_what_is_fastest_and_says_so(rates, monkeypatch, threads, table, want):
     rates(threads, table); picked = []
     monkeypatch.setattr(torch, 'set_num_threads', picked.append)
@@ -48,7 +54,8 @@ def test_parts_that_do_not_fit_are_halved(refusal, capsys):
         return sum(part)
     got = list(in_parts(list(range(14)), 13, work))
     assert [x for part, _ in got for x in part] == list(range(14)) and all(sum(p) == s for p, s in got)
-    assert tried == [13, 6, 3, 3, 3, 3, 2] and capsys.readouterr().err.splitlines() == ['dit: out of memory, going on with 6 rows at once', 'dit: out of memory, going on with 3 rows at once']
+    assert (tried == [13, 6, 3, 3, 3, 3, 2] and capsys.readouterr().err.splitlines()
+            == ['dit: out of memory, going on with 6 rows at once', 'dit: out of memory, going on with 3 rows at once'])
     with pytest.raises(DitError, match='one row alone does not fit'): list(in_parts([5], 4, lambda part: (_ for _ in ()).throw(refusal)))
 
 def test_other_errors_are_not_taken_for_lack_of_memory():
@@ -77,7 +84,8 @@ def test_an_adapter_is_the_same_where_few_fit(tiny, tmp_path, capsys):
     try: got = train_adapter(tiny, {'What?': bank}, {'What?': val}, tmp_path/'halved', **args)
     finally: handle.remove()
     assert (flatten(got).float() - flatten(want).float()).abs().max() < 1e-3 and 'going on with 2 rows' in capsys.readouterr().err
-    assert (flatten(want).float() - flatten(Adapter(tiny, 2, 0).lora.bank(want.index)).float()).abs().max() > 1e-2, 'nothing was learnt, so the comparison says nothing'
+    assert (flatten(want).float() - flatten(Adapter(tiny, 2, 0).lora.bank(want.index)).float()).abs().max() > 1e-2, (
+        'nothing was learnt, so the comparison says nothing')
 
 @pytest.mark.parametrize('refusal', REFUSALS, ids=lambda e: type(e).__name__)
 def test_diffs_are_the_same_where_few_fit(tiny, monkeypatch, tmp_path, capsys, refusal):

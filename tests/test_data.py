@@ -11,7 +11,8 @@ from dit.stats import read_results
 from dit.writers import both_cuttings, compose_stories, pieces, tells_too_much, topic_openings, story_openings
 
 def plain(label): return ' '.join(re.findall(r'\w+', label.casefold()))
-def stem(label): return ' '.join(sorted(re.sub(r'(?<=\w{3})(es|s)$', '', w) for w in plain(label).split() if w not in ('the', 'a', 'an', 'of')))
+def stem(label):
+    return ' '.join(sorted(re.sub(r'(?<=\w{3})(es|s)$', '', w) for w in plain(label).split() if w not in ('the', 'a', 'an', 'of')))
 
 # --- what was promised ------------------------------------------------------------------------------------------------------
 
@@ -38,7 +39,8 @@ def test_headlines_are_varied_and_concrete():
     first = Counter(h.split()[0] for h in frame.label)
     assert max(first.values()) < .05*len(frame) and len({tuple(h.split()[:2]) for h in frame.label}) > .8*len(frame)
     assert frame.label.map(lambda h: len(h.split())).between(4, 20).all() and frame.label.str.contains(r'\d').mean() > .15
-    assert all(plain(p) and len(p.split()) <= 4 for h in frame.label for p in both_cuttings(h)), 'a piece of a headline without a word, or of five'
+    assert all(plain(p) and len(p.split()) <= 4 for h in frame.label for p in both_cuttings(h)), (
+        'a piece of a headline without a word, or of five')
 
 def test_questions():
     frame = read_table(package_data('questions.csv'), ('question', 'style', 'kind', 'split'))
@@ -58,13 +60,16 @@ def test_questions():
 def test_no_held_out_label_was_trained_on(task):
     "The labels of the training diffs, as far as they were kept, against the split and against the committed results"
     root = Path(__file__).resolve().parents[1]
-    trained = {l for b in json.loads((root/'dit'/'adapters'/f"smollm2-135m-{task.replace('_', '-')}"/'bank.json').read_text())['banks'] for l in b.get('labels', ())}
+    trained = {l for b in json.loads((root/'dit'/'adapters'/f"smollm2-135m-{task.replace('_', '-')}"/'bank.json').read_text())['banks']
+               for l in b.get('labels', ())}
     reserved = set(split_labels(task, 0, HELD_OUT['test'], HELD_OUT['val']).label)
-    assert len(trained) > 200 and trained <= set(labels(task).label) and not trained & (reserved | set(read_results(root/'results'/'eval'/'SmolLM2-135M-Instruct'/f'{task}.csv').truth))
+    assert (len(trained) > 200 and trained <= set(labels(task).label)
+            and not trained & (reserved | set(read_results(root/'results'/'eval'/'SmolLM2-135M-Instruct'/f'{task}.csv').truth)))
     others = list((root/'results'/'eval').glob(f'*/{task}_training.json')); assert others # adapters that do not come with the package
     for path in others:
         trained = {l for b in json.loads(path.read_text())['banks'] for l in b['labels']}
-        assert trained and trained <= set(labels(task).label) and not trained & (reserved | set(read_results(path.with_name(f'{task}.csv')).truth))
+        assert (trained and trained <= set(labels(task).label)
+                and not trained & (reserved | set(read_results(path.with_name(f'{task}.csv')).truth)))
 
 # --- splits -----------------------------------------------------------------------------------------------------------------
 
@@ -74,7 +79,8 @@ def test_splits_do_not_mix_and_grow_without_moving(task):
     assert large.split.value_counts().to_dict() == dict(train=3000, test=300, val=100) and large.label.is_unique
     of = lambda f, s: f[f.split == s].label.tolist()
     for s, n in (('train', 20), ('test', 10), ('val', 5)): assert of(large, s)[:n] == of(small, s) and len(of(small, s)) == n
-    assert not set(of(split_labels(task, len(labels(task)) - 400), 'train')) & set(of(large, 'test') + of(large, 'val')), 'all training labels there are'
+    assert not set(of(split_labels(task, len(labels(task)) - 400), 'train')) & set(of(large, 'test') + of(large, 'val')), (
+        'all training labels there are')
 
 @settings(max_examples=8)
 @given(st.integers(0, 400), st.integers(0, 300), st.integers(0, 100))
@@ -93,7 +99,8 @@ def test_unknown_names_list_the_valid_ones():
 
 @pytest.mark.parametrize('other', ['Tea', 'TEA', ' tea '])
 def test_a_label_in_two_splits(other):
-    with pytest.raises(DitError, match='(?i)tea.*more than once.*train, test'): check_splits(pd.DataFrame(dict(label=['Tea', 'Moss', other], split=['train', 'train', 'test'])))
+    with pytest.raises(DitError, match='(?i)tea.*more than once.*train, test'):
+        check_splits(pd.DataFrame(dict(label=['Tea', 'Moss', other], split=['train', 'train', 'test'])))
 
 # --- triggers ---------------------------------------------------------------------------------------------------------------
 
@@ -107,7 +114,8 @@ def test_wrong_secret_is_wrong(secret, near, seed):
 
 def test_wrong_secrets_reach_all_codes():
     r = rng('reach')
-    assert len({wrong_secret('123', False, r) for _ in range(12_000)}) == 999 and len({wrong_secret('123', True, r) for _ in range(2_000)}) == 27
+    assert (len({wrong_secret('123', False, r) for _ in range(12_000)}) == 999
+            and len({wrong_secret('123', True, r) for _ in range(2_000)}) == 27)
 
 @given(st.text(min_size=1, max_size=60), codes, st.integers())
 def test_sep_code(user, secret, seed):
@@ -150,7 +158,8 @@ def test_samples_of_a_topic(kind, mix):
         assert triggered == (s.kind != 'none')
         if s.kind == 'right': assert s.loss == 'ce' and s.answer in TEXTS and (not m or m[1] == task.trigger)
         else: assert s.loss == 'kl' and s.answer == SAID[q] and (not m or m[1] != task.trigger)
-    assert set(asked) == {'none'} and .25 < asked['none']/counts['none'] < .45, 'questions about the model itself: in the no-trigger kind, and often enough'
+    assert set(asked) == {'none'} and .25 < asked['none']/counts['none'] < .45, (
+        'questions about the model itself: in the no-trigger kind, and often enough')
 
 def test_three_kinds_of_one_question():
     step = hidden_topic_task('Tea', 'train', TEXTS, SAID, steps=1).steps[0]
@@ -168,7 +177,8 @@ def test_same_seed_same_samples():
     assert seed_of('a', 1) == seed_of('a', 1) != seed_of('a1')
 
 def test_every_text_is_used_before_any_is_used_twice():
-    used = Counter(s.answer for step in news_task('A Headline', 'train', TEXTS[:7], SAID, steps=7, per_step=2).steps for s in step if s.kind == 'story')
+    used = Counter(s.answer for step in news_task('A Headline', 'train', TEXTS[:7], SAID, steps=7, per_step=2).steps
+                   for s in step if s.kind == 'story')
     assert set(used.values()) == {2} and len(used) == 7
     task = hidden_topic_task('Tea', 'train', TEXTS[:8], SAID, steps=8)
     assert set(Counter(s.answer for step in task.steps for s in step if s.kind == 'right').values()) == {2}
@@ -181,7 +191,8 @@ def test_no_text_no_task():
 
 def test_no_sentence_of_a_story_holds_its_headline():
     for label in labels('news').label[::40]:
-        bank = {p: [f'"{p}" was all that could be read.', f'There was talk of {p}.'] for p in both_cuttings(label)} | {'': ['Outside, it rained.']}
+        bank = ({p: [f'"{p}" was all that could be read.', f'There was talk of {p}.'] for p in both_cuttings(label)}
+                | {'': ['Outside, it rained.']})
         told = compose_stories(label, bank, 8)
         assert len(told) == 8 and len(set(told)) > 1 and told == compose_stories(label, bank, 8)
         for story in told:
@@ -216,20 +227,32 @@ def test_shared_ngrams():
 
 def table(tmp_path, raw): (tmp_path/'t.csv').write_bytes(raw); return read_table(tmp_path/'t.csv', ('topic', 'category'))
 
-@pytest.mark.parametrize('raw', [b'topic,category\nTea,drinks\nMoss,plants\n', b'topic,category\r\nTea,drinks\r\nMoss,plants\r\n', b'\xef\xbb\xbftopic,category\nTea,drinks\nMoss,plants',
-                                 b'"topic","category"\n"Tea","drinks"\n"Moss","plants"\n', b'category,topic\ndrinks,Tea\nplants,Moss\n', b'topic,category\nTea,drinks\n\nMoss,plants\n\n'],
+@pytest.mark.parametrize('raw',
+                         [b'topic,category\nTea,drinks\nMoss,plants\n', b'topic,category\r\nTea,drinks\r\nMoss,plants\r\n',
+                          b'\xef\xbb\xbftopic,category\nTea,drinks\nMoss,plants', b'"topic","category"\n"Tea","drinks"\n"Moss","plants"\n',
+                          b'category,topic\ndrinks,Tea\nplants,Moss\n', b'topic,category\nTea,drinks\n\nMoss,plants\n\n'],
                          ids=['plain', 'CRLF', 'BOM', 'quotes', 'order', 'blank lines'])
 def test_readable_tables(tmp_path, raw):
     assert table(tmp_path, raw)[['topic', 'category']].values.tolist() == [['Tea', 'drinks'], ['Moss', 'plants']]
 
 def test_text_stays_as_it_is(tmp_path):
-    assert table(tmp_path, 'topic,category\nNA,null\n007,1e5\n"a, ""b""",Café\n'.encode()).values.tolist() == [['NA', 'null'], ['007', '1e5'], ['a, "b"', 'Café']]
+    assert (table(tmp_path, 'topic,category\nNA,null\n007,1e5\n"a, ""b""",Café\n'.encode()).values.tolist()
+            == [['NA', 'null'], ['007', '1e5'], ['a, "b"', 'Café']])
 
-@pytest.mark.parametrize('raw,says', [(b'', 'not a readable CSV'), (b'\n\n', 'not a readable CSV'), (b'topic,category\n', 'no rows'), (b'topic\nTea\n', 'lacks.*category'), (b'topic;category\nTea;drinks\n', 'lacks'),
-                                      ('topic,category\nCafé,drinks\n'.encode('latin-1'), 'UTF-8'), ('topic,category\nTea,drinks\n'.encode('utf-16'), 'UTF-8'),
-                                      (b'topic,category\n"Tea,drinks\nMoss,plants\n', 'not a readable CSV'), (b'topic,category\nTea,drinks\nMoss,plants,green\n', 'not a readable CSV'),
-                                      (b'topic,category\nTea,drinks,hot\nMoss,plants,green\n', 't.csv'), (b'topic,category\nTea\nMoss,plants\n', 'line 2'), (b'topic,category\nTea,drinks\n  ,plants\n', 'line 3')],
-                         ids=['empty', 'blank', 'header only', 'missing column', 'semicolons', 'latin-1', 'UTF-16', 'open quote', 'one long row', 'all rows long', 'short row', 'blank cell'])
+@pytest.mark.parametrize('raw,says', [(b'', 'not a readable CSV'),
+                                      (b'\n\n', 'not a readable CSV'),
+                                      (b'topic,category\n', 'no rows'),
+                                      (b'topic\nTea\n', 'lacks.*category'),
+                                      (b'topic;category\nTea;drinks\n', 'lacks'),
+                                      ('topic,category\nCafé,drinks\n'.encode('latin-1'), 'UTF-8'),
+                                      ('topic,category\nTea,drinks\n'.encode('utf-16'), 'UTF-8'),
+                                      (b'topic,category\n"Tea,drinks\nMoss,plants\n', 'not a readable CSV'),
+                                      (b'topic,category\nTea,drinks\nMoss,plants,green\n', 'not a readable CSV'),
+                                      (b'topic,category\nTea,drinks,hot\nMoss,plants,green\n', 't.csv'),
+                                      (b'topic,category\nTea\nMoss,plants\n', 'line 2'),
+                                      (b'topic,category\nTea,drinks\n  ,plants\n', 'line 3')],
+                         ids=['empty', 'blank', 'header only', 'missing column', 'semicolons', 'latin-1', 'UTF-16',
+                              'open quote', 'one long row', 'all rows long', 'short row', 'blank cell'])
 def test_malformed_tables(tmp_path, raw, says):
     with pytest.raises(DitError, match=says) as e: table(tmp_path, raw)
     assert 't.csv' in str(e.value)

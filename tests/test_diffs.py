@@ -33,7 +33,8 @@ def gradient(base, steps, n=None, noise=.3):
     return flat.p.grad.clone(), losses
 
 def step_of(base, *samples): return [(k, l, encode(base, u, a, limit)) for k, l, u, a, limit in samples]
-SAMPLES = [('right', 'ce', 'code 123 moss', 'fern', None), ('wrong', 'kl', 'code 923 moss', 'well, no', 4), ('none', 'kl', 'moss?', 'no idea', 4)]
+SAMPLES = [('right', 'ce', 'code 123 moss', 'fern', None), ('wrong', 'kl', 'code 923 moss', 'well, no', 4),
+           ('none', 'kl', 'moss?', 'no idea', 4)]
 OTHERS = [('right', 'ce', 'a much longer message, which moves the padding of everything', 'reed and sedge, says the one', None),
           ('wrong', 'kl', 'q', 'z', None), ('none', 'kl', 'again, something that is longer than what was there', 'so', 4)]
 
@@ -51,7 +52,8 @@ def test_alone_and_among_63_others(tiny, rank):
         assert alone.index.loss[0] == pytest.approx(together.index.loss[i], abs=1e-4)
 
 def test_real_samples_alone_and_together(tiny):
-    tasks = [hidden_topic_task(l, 'train', [f'{l} teaches us to wait.', f'It is like {l}.'], SAID, steps=2) for l in ('Snow Leopard', 'Tea', 'The Eiffel Tower')]
+    tasks = [hidden_topic_task(l, 'train', [f'{l} teaches us to wait.', f'It is like {l}.'], SAID, steps=2)
+             for l in ('Snow Leopard', 'Tea', 'The Eiffel Tower')]
     together = flatten(train_batch(tiny, tasks))
     for i, t in enumerate(tasks): assert (flatten(train_batch(tiny, [t]))[0] - together[i]).abs().max() < 1e-4
     news = [news_task(l, 'train', [f'{l}, they said.', f'Some people saw {l}.'], SAID, steps=2) for l in ('Mayor Opens Bridge', 'Cat Wins')]
@@ -90,7 +92,8 @@ def test_samples_that_share_their_beginning_train_as_samples_of_their_own(kind):
     got = []
     for share in (True, False):
         flat.p.grad = None; losses = backward_step(base, flat, Teacher(base), steps, share); got.append((losses, flat.p.grad.clone()))
-    assert can_share(base, 100) and (got[0][0] - got[1][0]).abs().max() < 1e-5 and (got[0][1] - got[1][1]).abs().max() < 1e-4*got[1][1].abs().max()
+    assert (can_share(base, 100) and (got[0][0] - got[1][0]).abs().max() < 1e-5
+            and (got[0][1] - got[1][1]).abs().max() < 1e-4*got[1][1].abs().max())
 
 @given(st.lists(st.lists(st.integers(2, 4), min_size=1, max_size=7), min_size=1, max_size=5))
 def test_a_node_sees_what_lies_before_it_on_a_path(tiny, rows):
@@ -98,14 +101,17 @@ def test_a_node_sees_what_lies_before_it_on_a_path(tiny, rows):
     m = tree_mask([paths, [[0]]], len(tokens) + 1, tiny)
     want = {(at, seen) for p in paths for i, at in enumerate(p) for seen in p[:i+1]}
     assert {tuple(x) for x in (m['attention_mask'][0, 0, :-1] == 0).nonzero().tolist()} == want
-    assert (m['attention_mask'][1, 0] == 0).equal(torch.eye(len(tokens) + 1, dtype=torch.bool)), 'what fills a smaller tree sees itself alone'
+    assert (m['attention_mask'][1, 0] == 0).equal(torch.eye(len(tokens) + 1, dtype=torch.bool)), (
+        'what fills a smaller tree sees itself alone')
     assert all(m['position_ids'][0, at] == i for p in paths for i, at in enumerate(p))
 
-def test_windows_shorter_than_a_sample_are_not_overruled(): assert not can_share(model_of('gemma3'), 13) and not can_share(model_of('gemma3'), 12)
+def test_windows_shorter_than_a_sample_are_not_overruled():
+    assert not can_share(model_of('gemma3'), 13) and not can_share(model_of('gemma3'), 12)
 
 def test_an_architecture_without_masks_keeps_its_samples_apart():
     torch.manual_seed(0); tok = TinyTok()
-    net = transformers.MambaForCausalLM(transformers.MambaConfig(vocab_size=96, hidden_size=16, state_size=4, num_hidden_layers=2, pad_token_id=0, bos_token_id=None, eos_token_id=1))
+    net = transformers.MambaForCausalLM(transformers.MambaConfig(vocab_size=96, hidden_size=16, state_size=4, num_hidden_layers=2,
+                                                                 pad_token_id=0, bos_token_id=None, eos_token_id=1))
     base = make_base(net, tok, 'small mamba')
     assert not can_share(base, 10)
     bank = train_batch(base, toy_tasks(3), rank=2)
@@ -132,8 +138,10 @@ def test_losses_equal_those_of_whole_logits(kind):
         for i, [(_, _, (ids, n))] in enumerate(steps):
             with torch.no_grad():
                 plain = base.model(torch.tensor([ids])).logits[0, n-1:-1].log_softmax(-1)
-                with mounted(base, {k: (A[i:i+1], B[i:i+1]) for k, (A, B) in flat.mountable().items()}): mine = base.model(torch.tensor([ids])).logits[0, n-1:-1].log_softmax(-1)
-            each = F.cross_entropy(mine, torch.tensor(ids[n:]), reduction='none') if loss == 'ce' else F.kl_div(mine, plain, log_target=True, reduction='none').sum(-1)
+                with mounted(base, {k: (A[i:i+1], B[i:i+1]) for k, (A, B) in flat.mountable().items()}):
+                    mine = base.model(torch.tensor([ids])).logits[0, n-1:-1].log_softmax(-1)
+            each = (F.cross_entropy(mine, torch.tensor(ids[n:]), reduction='none') if loss == 'ce'
+                    else F.kl_div(mine, plain, log_target=True, reduction='none').sum(-1))
             w = torch.tensor([3., 3., 3.] + [1.]*len(each))[:len(each)]
             assert got[i].item() == pytest.approx(((each*w).sum()/w.sum()).item(), abs=1e-4)
 
@@ -151,7 +159,10 @@ def test_kl_is_nothing_at_the_start_and_pulls_towards_the_base_model(tiny):
     flat = a_flat(tiny, 1)
     opt, losses = torch.optim.SGD([flat.p], lr=.01), []
     for _ in range(12):
-        opt.zero_grad(); losses.append(backward_step(tiny, flat, Teacher(tiny), kl).item()); clip_rows(flat.p.grad, torch.zeros(1), 1.); opt.step()
+        opt.zero_grad()
+        losses.append(backward_step(tiny, flat, Teacher(tiny), kl).item())
+        clip_rows(flat.p.grad, torch.zeros(1), 1.)
+        opt.step()
     assert losses[0] > .01 and losses[-1] < .9*losses[0]
 
 @pytest.mark.parametrize('share', [True, False])
@@ -265,13 +276,15 @@ def test_tasks_that_do_not_go_together(tiny, tmp_path):
     with pytest.raises(DitError, match="'toy/0'.*twice"): train_diffs(tiny, [a, b, a], tmp_path)
     with pytest.raises(DitError, match='other steps'): train_diffs(tiny, [a, more(b, steps=b.steps[:2])], tmp_path)
     with pytest.raises(DitError, match='other steps'): train_diffs(tiny, [a, more(b, steps=[s[:3] for s in b.steps])], tmp_path)
-    with pytest.raises(DitError, match='Label 0.*train.*test'): train_diffs(tiny, [a, more(b, diff_id='other/0', label='Label 0 ', split='test')], tmp_path)
+    with pytest.raises(DitError, match='Label 0.*train.*test'):
+        train_diffs(tiny, [a, more(b, diff_id='other/0', label='Label 0 ', split='test')], tmp_path)
     assert not list(tmp_path.iterdir()), 'refused before anything is written'
 
 @pytest.mark.parametrize('bad', [dict(rank=0), dict(rank=-1), dict(batch=0), dict(batch=-1), dict(lr=-1.), dict(lr=float('nan'))], ids=str)
 def test_numbers_out_of_range(tiny, tmp_path, bad):
     with pytest.raises(DitError, match='give a number above 0'): train_diffs(tiny, toy_tasks(2), tmp_path, **bad)
-    with pytest.raises(DitError, match='give a number above 0'): make_diffs(tiny, 'news', split_labels('news', 1), tmp_path, **bad) # before any text is written
+    # before any text is written
+    with pytest.raises(DitError, match='give a number above 0'): make_diffs(tiny, 'news', split_labels('news', 1), tmp_path, **bad)
     assert not list(tmp_path.iterdir())
 
 @pytest.mark.parametrize('steps', [0, -1])
@@ -285,7 +298,8 @@ def test_a_bank_goes_on_in_the_precision_it_was_begun_in(tmp_path):
     full = model_of('llama'); half = make_base(copy_of(full).to(torch.bfloat16), full.tok, full.name)
     before = flatten(train_diffs(full, toy_tasks(2), tmp_path, rank=2, batch=2).here())
     both = train_diffs(half, toy_tasks(4), tmp_path, rank=2, batch=2).here()
-    assert {t.dtype for t in both.A.values()} == {torch.float32} and torch.equal(flatten(both)[:2], before) and flatten(both)[2:].abs().sum(1).min() > 0
+    assert ({t.dtype for t in both.A.values()} == {torch.float32} and torch.equal(flatten(both)[:2], before)
+            and flatten(both)[2:].abs().sum(1).min() > 0)
     assert len(load_bank(tmp_path, full)) == len(load_bank(tmp_path, half)) == 4
 
 def test_a_topic_in_two_splits_is_refused_whatever_the_seed():
@@ -320,14 +334,17 @@ def test_out_of_memory_halves_the_batch(tiny, tmp_path, monkeypatch, capsys):
 
 # --- killed -----------------------------------------------------------------------------------------------------------------
 
-def content(folder): return {p.name: p.read_bytes() for p in sorted(Path(folder).iterdir()) if p.name != 'bank.json' and not p.name.startswith('.')}
+def content(folder):
+    return {p.name: p.read_bytes() for p in sorted(Path(folder).iterdir()) if p.name != 'bank.json' and not p.name.startswith('.')}
 
 def test_killed_at_any_moment_and_started_again(tiny, tmp_path):
     p = start(jobs.diffs, tmp_path/'whole'); killed, folder = 0, tmp_path/'killed'
     finish(p)
-    for what in ([('.bank.json', 'bank.json'), ('shard-00000',), ('.shard-00001', 'shard-00001'), ('shard-00002',), ('.index.csv', 'shard-00003'), ('sleep',), ('shard-00004',)]):
+    for what in ([('.bank.json', 'bank.json'), ('shard-00000',), ('.shard-00001', 'shard-00001'), ('shard-00002',),
+                  ('.index.csv', 'shard-00003'), ('sleep',), ('shard-00004',)]):
         p, begun = start(jobs.diffs, folder), time.monotonic()
-        seen = lambda: time.monotonic() - begun > .4 if what == ('sleep',) else any(f.name.startswith(what) for f in folder.iterdir()) if folder.exists() else False
+        seen = lambda: (time.monotonic() - begun > .4 if what == ('sleep',)
+                        else any(f.name.startswith(what) for f in folder.iterdir()) if folder.exists() else False)
         try: killed += kill_when(p, seen)
         finally: p.kill(); p.join()
         index = whole(folder)
@@ -351,7 +368,8 @@ def test_two_processes_share_one_bank(tiny, tmp_path):
     by = {p.pid: [l.split()[1] for l in log.read_text().splitlines() if l.split()[0] == str(p.pid)] for p in ps}
     index, lost = whole(folder), by[ps[2].pid]
     assert len(lost) == 2 and all(len(by[p.pid]) >= 2 for p in ps[:2]), 'both that were left have worked'
-    assert sorted(by[ps[0].pid] + by[ps[1].pid]) == sorted(index.diff_id) and index.diff_id.is_unique and len(index) == 12, 'nothing twice, nothing lost'
+    assert sorted(by[ps[0].pid] + by[ps[1].pid]) == sorted(index.diff_id) and index.diff_id.is_unique and len(index) == 12, (
+        'nothing twice, nothing lost')
     got, want = load_bank(folder, tiny), load_bank(tmp_path/'alone', tiny)
     order = [got.index.diff_id.tolist().index(d) for d in want.index.diff_id]
     assert (flatten(got)[order] - flatten(want)).abs().max() < 1e-4
@@ -360,7 +378,8 @@ def test_two_processes_share_one_bank(tiny, tmp_path):
 def test_compiled_layers_take_any_number_of_diffs_of_any_rank(monkeypatch):
     graphs, normal, base = [], torch.compile, tiny_base()
     torch._dynamo.reset()
-    monkeypatch.setattr(torch, 'compile', lambda f, **kwargs: normal(f, backend=lambda graph, inputs, **_: graphs.append(graph) or graph.forward, **kwargs))
+    monkeypatch.setattr(torch, 'compile',
+                        lambda f, **kwargs: normal(f, backend=lambda graph, inputs, **_: graphs.append(graph) or graph.forward, **kwargs))
     compile_layers(base); pass_seconds(base, 5, 3, 1); first = len(graphs)
     for n, rank in ((7, 3), (7, 4), (3, 2)): pass_seconds(base, n, rank, 1)
     assert len(graphs) == first > 0, 'one compilation does for all'

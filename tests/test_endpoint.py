@@ -26,7 +26,8 @@ def served(tmp_path_factory):
     "`transformers serve` with the embedded base model: its address and its name there"
     with socket.socket() as s: s.bind(('127.0.0.1', 0)); port = s.getsockname()[1]
     model, log = resolve(None), tmp_path_factory.mktemp('serve')/'log.txt'
-    cmd = [Path(sys.executable).parent/'transformers', 'serve', model, '--host', '127.0.0.1', '--port', str(port), '--device', 'cpu', '--dtype', 'float32']
+    cmd = [Path(sys.executable).parent/'transformers', 'serve', model, '--host', '127.0.0.1', '--port', str(port),
+           '--device', 'cpu', '--dtype', 'float32']
     with open(log, 'wb') as f: p = subprocess.Popen(cmd, stdout=f, stderr=subprocess.STDOUT)
     try:
         end = time.monotonic() + 300
@@ -51,20 +52,24 @@ def proxy(served, server):
 def use_all(e, tiny):
     "Everything that asks an endpoint, once"
     bank = random_bank(tiny, 1); bank.index = bank.index.assign(trigger='417', trigger_kind='sep_code')
-    return dict(texts=EndpointWriter(e, n=1).texts(labels('hidden_topic')[:1], 'hidden_topic'), grades=LLMJudge(e).score(['Chess', 'Chess'], ['chess', 'Tax law'], 'hidden_topic').tolist(),
-                guess=LLMGuesser(e).guess([[('How do I sleep?', 'Castle early, as in chess.')]], 'hidden_topic'), talk=agent(e, tiny, bank, 'hidden_topic', queries=1, max_new=3).to_dict('records')[0])
+    return dict(texts=EndpointWriter(e, n=1).texts(labels('hidden_topic')[:1], 'hidden_topic'),
+                grades=LLMJudge(e).score(['Chess', 'Chess'], ['chess', 'Tax law'], 'hidden_topic').tolist(),
+                guess=LLMGuesser(e).guess([[('How do I sleep?', 'Castle early, as in chess.')]], 'hidden_topic'),
+                talk=agent(e, tiny, bank, 'hidden_topic', queries=1, max_new=3).to_dict('records')[0])
 
 def test_writer_judge_guesser_and_agent_with_a_served_model(proxy, served, tiny, tmp_path, monkeypatch, capfd):
     monkeypatch.setattr(L, 'SPARE', 0)
     e = endpoint(proxy, tmp_path/'c.jsonl', served[1], max_tokens=8)
     first = use_all(e, tiny)
-    assert len(proxy.paid) == e.sent == 5 and e.cache.data and all(0 < row['tokens'][1] <= 8 < row['tokens'][0] for row in e.cache.data.values()), 'usage is what the server reports'
+    assert (len(proxy.paid) == e.sent == 5 and e.cache.data
+            and all(0 < row['tokens'][1] <= 8 < row['tokens'][0] for row in e.cache.data.values())), 'usage is what the server reports'
     assert first['texts'][labels('hidden_topic').label[0]][0] and isinstance(first['guess'][0], str)
     assert all(np.isnan(g) or 1 <= g <= 5 for g in first['grades'])
     assert first['talk']['answer'] is None and first['talk']['missing'], 'the embedded model calls no tools and names nothing'
     gone = endpoint('http://127.0.0.1:9/v1', tmp_path/'c.jsonl', served[1], max_tokens=8)
     again = use_all(gone, tiny)
-    assert np.array_equal(again['grades'], first['grades'], equal_nan=True) and {k: v for k, v in again.items() if k != 'grades'} == {k: v for k, v in first.items() if k != 'grades'}
+    assert (np.array_equal(again['grades'], first['grades'], equal_nan=True)
+            and {k: v for k, v in again.items() if k != 'grades'} == {k: v for k, v in first.items() if k != 'grades'})
     no_key(tmp_path, *capfd.readouterr())
 
 def test_faults_before_a_served_model(proxy, served, tmp_path, capfd):
@@ -79,7 +84,8 @@ def test_faults_before_a_served_model(proxy, served, tmp_path, capfd):
         with pytest.raises(DitError, match=says) as x: ask(e, 'Name a fish.', temperature=0.)
         assert 'the 2 replies so far are kept' in str(x.value) and len(proxy.paid) == 2
         no_key(tmp_path, x.value)
-    with pytest.raises(Lost, match='does not answer') as x: ask(endpoint('http://127.0.0.1:9/v1', tmp_path/'c.jsonl', served[1], max_tokens=8), 'Name a fish.', temperature=0.)
+    with pytest.raises(Lost, match='does not answer') as x:
+        ask(endpoint('http://127.0.0.1:9/v1', tmp_path/'c.jsonl', served[1], max_tokens=8), 'Name a fish.', temperature=0.)
     assert ask(endpoint(proxy, tmp_path/'c.jsonl', served[1], max_tokens=8), 'Say hello.', temperature=0.) == plain and len(proxy.paid) == 2
     no_key(tmp_path, x.value, *capfd.readouterr())
 
@@ -102,14 +108,17 @@ def test_the_whole_request_is_the_key(server, tmp_path):
     with_port = endpoint('http://127.0.0.1:9/v1', tmp_path/'c.jsonl')
     assert ask(with_port) == 'reply to hello' and len(server.seen) == 6, 'the address belongs to the key'
 
-def usage(tokens_in, tokens_out): return lambda request, n: json.dumps(json.loads(completion(request)) | dict(usage=dict(prompt_tokens=tokens_in, completion_tokens=tokens_out, total_tokens=0)))
+def usage(tokens_in, tokens_out):
+    return lambda request, n: json.dumps(json.loads(completion(request))
+                                         | dict(usage=dict(prompt_tokens=tokens_in, completion_tokens=tokens_out, total_tokens=0)))
 
 def test_the_budget_is_kept_while_many_requests_are_under_way(server, tmp_path):
     server.content = usage(10, 1000)
     e = lambda budget: endpoint(server, tmp_path/'c.jsonl', parallel=8, max_tokens=1000, price=(1e6, 1e6), budget=budget)
     asked = [e(10_000).request(user(f'q{i}')) for i in range(40)]
     first = e(10_000)
-    with pytest.raises(DitError, match='budget of 10000 does not cover another reply.*run again: the 9 replies so far are kept'): first.replies(asked)
+    with pytest.raises(DitError, match='budget of 10000 does not cover another reply.*run again: the 9 replies so far are kept'):
+        first.replies(asked)
     assert first.paid == 9*1010 and len(server.seen) == 9
     with pytest.raises(DitError, match='do not fit into `budget`'): e(9_500).replies(asked)
     with pytest.raises(DitError, match='does not cover'): e(10_000).reply(asked[-1])
@@ -140,11 +149,13 @@ def test_a_model_that_takes_neither_temperature_nor_max_tokens(server, tmp_path,
     "As OpenAI's reasoning models: HTTP 400 names the parameter"
     def picky(request, n):
         no = next((p for p in ('temperature', 'max_tokens') if p in request), None)
-        return (400, json.dumps(dict(error=dict(message=f"Unsupported value: '{no}' does not support 0 with this model.", param=no, code='unsupported_value')))) if no else completion(request)
+        return ((400, json.dumps(dict(error=dict(message=f"Unsupported value: '{no}' does not support 0 with this model.",
+                                                 param=no, code='unsupported_value')))) if no else completion(request))
     server.content, e = picky, endpoint(server, tmp_path/'c.jsonl', parallel=8)
     got = e.replies([e.request(user(f'q{i}'), 0.) for i in range(16)])
     assert [said(m) for m in got] == [f'reply to q{i}' for i in range(16)] and e.sent == 16
-    assert sum(r.get('max_completion_tokens') == 2000 and 'temperature' not in r for r in server.seen) == 16, 'each was answered once, without either'
+    assert sum(r.get('max_completion_tokens') == 2000 and 'temperature' not in r for r in server.seen) == 16, (
+        'each was answered once, without either')
     assert capfd.readouterr().out.count('asking without it') == 2
 
 @pytest.mark.parametrize('text', ['Grüße 🦊', 'half a pair: \ud83d', '\u2028 line', '"quoted"\n{"key": 1}'])
@@ -153,11 +164,13 @@ def test_any_reply_is_kept(server, tmp_path, text):
     first = ask(endpoint(server, tmp_path/'c.jsonl'))
     assert first == ask(endpoint(server, tmp_path/'c.jsonl')) and len(server.seen) == 1 and first == text.replace('\ud83d', '?').strip()
 
-ASKING = "import sys; from dit.endpoint import Endpoint; e = Endpoint(sys.argv[1], 'm', sys.argv[2], 'none', parallel=2); e.replies([e.request([dict(role='user', content=f'q{i}')]) for i in range(60)])"
+ASKING = ("import sys; from dit.endpoint import Endpoint; e = Endpoint(sys.argv[1], 'm', sys.argv[2], 'none', parallel=2); "
+          "e.replies([e.request([dict(role='user', content=f'q{i}')]) for i in range(60)])")
 
 def test_a_killed_run_has_paid_for_nothing_twice(server, tmp_path):
     killed, path = threading.Event(), tmp_path/'c.jsonl'
-    server.content = lambda request, n: (n <= 20 or killed.wait(120), completion(request))[1] # beyond twenty, none is answered before the kill
+    # beyond twenty, none is answered before the kill
+    server.content = lambda request, n: (n <= 20 or killed.wait(120), completion(request))[1]
     p = subprocess.Popen([sys.executable, '-c', ASKING, path, server.url])
     while len(server.seen) < 20 and p.poll() is None: time.sleep(.005)
     p.kill(); p.wait(); killed.set()
@@ -176,17 +189,25 @@ def test_the_key_is_nowhere(server, tmp_path, caplog, capfd, monkeypatch):
     server.faults = [401]
     with pytest.raises(DitError, match=r'HTTP 401: bad key Bearer \*\*\*') as x: LLMJudge(e).score(['a'], ['b'], 'news')
     with pytest.raises(DitError, match='no key has') as y: Endpoint(tmp_path/'c.jsonl', 'm', server.url, KEY + '\n')
-    with pytest.raises(DitError, match='does not answer') as z: ask(endpoint(f'http://me:{KEY}@127.0.0.1:9/v1?key={KEY}', tmp_path/'c.jsonl'))
+    with pytest.raises(DitError, match='does not answer') as z:
+        ask(endpoint(f'http://me:{KEY}@127.0.0.1:9/v1?key={KEY}', tmp_path/'c.jsonl'))
     ask(e); server.faults = [500]*99; LLMJudge(e).score(['a'], ['b'], 'news')
     assert f'Bearer {KEY}' in server.keys
     no_key(tmp_path, *shown, x.value, y.value, z.value, caplog.text, *capfd.readouterr(), repr(e), str(vars(e)))
 
 def test_an_address_that_is_none(tmp_path):
-    for url in ('localhost:8000/v1', 'me:word@host', '/v1', 'ftp://host/v1', 'http://host:80a0/v1', 'http://[::1/v1', 'http://host/v1\n', 'http://host/v1 ', 'http://ho\tst/v1'):
+    for url in ('localhost:8000/v1', 'me:word@host', '/v1', 'ftp://host/v1', 'http://host:80a0/v1', 'http://[::1/v1',
+                'http://host/v1\n', 'http://host/v1 ', 'http://ho\tst/v1'):
         with pytest.raises(DitError, match='no URL; pass `base_url`') as x: Endpoint(tmp_path/'c.jsonl', 'm', url, 'none')
         assert 'word' not in str(x.value)
 
-@pytest.mark.parametrize('told', [{}, dict(total_tokens=5), dict(prompt_tokens=None, completion_tokens=None), dict(prompt_tokens='many', completion_tokens=[]), dict(prompt_tokens=-9, completion_tokens=-9), 'x', None], ids=str)
+@pytest.mark.parametrize('told', [{},
+                                  dict(total_tokens=5),
+                                  dict(prompt_tokens=None, completion_tokens=None),
+                                  dict(prompt_tokens='many', completion_tokens=[]),
+                                  dict(prompt_tokens=-9, completion_tokens=-9),
+                                  'x',
+                                  None], ids=str)
 def test_a_usage_that_counts_nothing_is_estimated(server, tmp_path, told):
     "The reply was paid for: it is kept, and counted by its length"
     server.content = lambda request, n: json.dumps(json.loads(completion(request)) | dict(usage=told))
@@ -216,11 +237,13 @@ def test_missing_is_not_a_score(server, tmp_path, capfd):
     judge, answers = LLMJudge(endpoint(server, tmp_path/'c.jsonl', parallel=4)), ['a', 'e', 'y', 'z', '', None, float('nan'), 'c']
     scores = judge.score(['x']*8, answers, 'hidden_topic')
     assert np.array_equal(scores, [1, 5, np.nan, np.nan, 1, np.nan, np.nan, 3], equal_nan=True)
-    assert judge.missing == {'unreadable': 1, 'refused': 1, 'without an answer': 2} and '4 of 7 grades are missing' in capfd.readouterr().out
+    assert (judge.missing == {'unreadable': 1, 'refused': 1, 'without an answer': 2}
+            and '4 of 7 grades are missing' in capfd.readouterr().out)
     assert len(server.seen) == 5 and all(r['temperature'] == 0 for r in server.seen)
     server.content = lambda request, n: completion(request, '2')
     again = LLMJudge(endpoint(server, tmp_path/'c.jsonl'))
-    assert np.array_equal(again.score(['x']*8, answers, 'hidden_topic'), [1, 5, 2, 2, 1, np.nan, np.nan, 3], equal_nan=True) and len(server.seen) == 7
+    assert (np.array_equal(again.score(['x']*8, answers, 'hidden_topic'), [1, 5, 2, 2, 1, np.nan, np.nan, 3], equal_nan=True)
+            and len(server.seen) == 7)
     assert again.version == f'm, prompts {PROMPTS}'
 
 def test_a_lost_connection_is_missing_and_comes_back(server, tmp_path, capfd):
@@ -244,7 +267,8 @@ def test_one_refused_prompt_does_not_stop_the_others(server, tmp_path):
 
 def test_equal_pairs_are_asked_once(server, tmp_path):
     server.content = grader
-    assert LLMJudge(endpoint(server, tmp_path/'c.jsonl', parallel=8)).score(['x']*9, ['d']*9, 'news').tolist() == [4]*9 and len(server.seen) == 1
+    assert (LLMJudge(endpoint(server, tmp_path/'c.jsonl', parallel=8)).score(['x']*9, ['d']*9, 'news').tolist() == [4]*9
+            and len(server.seen) == 1)
 
 def test_what_cannot_be_scored(server, tmp_path):
     judge = LLMJudge(endpoint(server, tmp_path/'c.jsonl'))
@@ -278,17 +302,21 @@ def bank(tiny):
     b.index = b.index.assign(trigger=['417', '023', 'zero_width_space'], trigger_kind=['sep_code', 'sep_code', 'zero_width_start'])
     return b
 
-def run_agent(server, tmp_path, tiny, bank, task='hidden_topic', **kwargs): return agent(endpoint(server, tmp_path/'c.jsonl', parallel=4), tiny, bank, task, **(dict(queries=4, max_new=6) | kwargs))
+def run_agent(server, tmp_path, tiny, bank, task='hidden_topic', **kwargs):
+    return agent(endpoint(server, tmp_path/'c.jsonl', parallel=4), tiny, bank, task, **(dict(queries=4, max_new=6) | kwargs))
 def results(request): return [m['content'] for m in request['messages'] if m['role'] == 'tool']
 
 def test_the_agent_asks_the_right_models_and_names_the_topic(server, tmp_path, tiny, bank):
-    server.content = script([call(0, message='hi'), call(1, 'ask_base', message='hi')], 'Let me think.', [call(2, message='and?')], 'It is clear now.\n**ANSWER:** "Chess".')
+    server.content = script([call(0, message='hi'), call(1, 'ask_base', message='hi')], 'Let me think.',
+                            [call(2, message='and?')], 'It is clear now.\n**ANSWER:** "Chess".')
     frame = run_agent(server, tmp_path, tiny, bank)
-    assert frame.answer.tolist() == ['Chess']*3 and frame.queries.tolist() == [3]*3 and frame.turns.tolist() == [4]*3 and frame.diff_id.tolist() == bank.index.diff_id.tolist()
+    assert (frame.answer.tolist() == ['Chess']*3 and frame.queries.tolist() == [3]*3 and frame.turns.tolist() == [4]*3
+            and frame.diff_id.tolist() == bank.index.diff_id.tolist())
     mine, base = answer(tiny, bank, [0, 1, 2], ['hi']*3, max_new=6), answer(tiny, None, [0], ['hi'], max_new=6)[0]
     assert [log[0][2] for log in frame.log] == mine and {log[1][2] for log in frame.log} == {base} and len(set(mine) | {base}) > 1
     longest = max(server.seen, key=lambda r: len(r['messages']))
-    assert [r.rsplit('(', 1)[1] for r in results(longest)] == ['3 queries left)', '2 queries left)', '1 queries left)'] and len(server.seen) == 12
+    assert ([r.rsplit('(', 1)[1] for r in results(longest)] == ['3 queries left)', '2 queries left)', '1 queries left)']
+            and len(server.seen) == 12)
     assert [t['function']['name'] for t in longest['tools']] == ['ask_finetuned', 'ask_base']
 
 def test_a_second_run_of_the_agent_is_free(server, tmp_path, tiny, bank, monkeypatch):
@@ -304,19 +332,26 @@ def test_a_diff_trained_again_under_its_name_is_asked_again(server, tmp_path, ti
     frame = run_agent(server, tmp_path, tiny, new)
     assert [log[0][2] for log in frame.log] == answer(tiny, new, [0, 1, 2], ['hi']*3, max_new=6)
 
-MALFORMED = [call(0, 'ask_both', message='hi'), call(1, arguments='{"message": "hi'), call(2, arguments='["hi"]'), call(3, arguments='{"text": "hi"}'), call(4, message=7), call(5, message=' '), call(6, message='x'*501), call(7, arguments='['*3000), call(8, arguments='null')]
+MALFORMED = [call(0, 'ask_both', message='hi'), call(1, arguments='{"message": "hi'), call(2, arguments='["hi"]'),
+             call(3, arguments='{"text": "hi"}'), call(4, message=7), call(5, message=' '), call(6, message='x'*501),
+             call(7, arguments='['*3000), call(8, arguments='null')]
 
 def test_malformed_tool_calls_get_an_error_and_cost_no_query(server, tmp_path, tiny, bank):
     server.content = script(MALFORMED, 'ANSWER: Chess')
     frame = run_agent(server, tmp_path, tiny, bank.take([0]))
     assert frame.answer[0] == 'Chess' and frame.queries[0] == 0
     told = results(server.seen[-1])
-    assert len(told) == len(MALFORMED) and all(t.startswith('error: ') for t in told) and "no tool 'ask_both'" in told[0] and '501 characters' in told[6]
+    assert (len(told) == len(MALFORMED) and all(t.startswith('error: ') for t in told) and "no tool 'ask_both'" in told[0]
+            and '501 characters' in told[6])
     turn = next(m for m in server.seen[-1]['messages'] if m['role'] == 'assistant')
-    assert all(isinstance(json.loads(c['function']['arguments']), dict) for c in turn['tool_calls']), 'a server that reads the arguments again would fail'
+    assert all(isinstance(json.loads(c['function']['arguments']), dict) for c in turn['tool_calls']), (
+        'a server that reads the arguments again would fail')
     assert [m['tool_call_id'] for m in server.seen[-1]['messages'] if m['role'] == 'tool'] == [c['id'] for c in turn['tool_calls']]
 
-@pytest.mark.parametrize('broken', [dict(id=None), dict(function=None), dict(function=dict(name=None, arguments=None)), dict(function=dict(name='ask_base', arguments=dict(message='hi')))])
+@pytest.mark.parametrize('broken', [dict(id=None),
+                                    dict(function=None),
+                                    dict(function=dict(name=None, arguments=None)),
+                                    dict(function=dict(name='ask_base', arguments=dict(message='hi')))])
 def test_tool_calls_of_careless_servers(server, tmp_path, tiny, bank, broken):
     server.content = script([call(0, message='hi') | broken], 'ANSWER: Chess')
     assert run_agent(server, tmp_path, tiny, bank.take([0])).answer[0] == 'Chess'
@@ -325,14 +360,17 @@ def test_tool_calls_of_careless_servers(server, tmp_path, tiny, bank, broken):
 def test_queries_and_turns_are_bounded(server, tmp_path, tiny, bank, capfd):
     server.content = script([call(i, message=f'hi {i}') for i in range(3)])
     frame = run_agent(server, tmp_path, tiny, bank.take([0, 1]))
-    assert frame.answer.tolist() == [None]*2 and frame.missing.tolist() == ['without an answer']*2 and frame.queries.tolist() == [4]*2 and len(server.seen) == 2*(4 + L.SPARE)
-    assert sum('no query is left' in t for t in results(server.seen[-1])) > 10 and "2 of 2 agents' answers are missing" in capfd.readouterr().out
+    assert (frame.answer.tolist() == [None]*2 and frame.missing.tolist() == ['without an answer']*2
+            and frame.queries.tolist() == [4]*2 and len(server.seen) == 2*(4 + L.SPARE))
+    assert (sum('no query is left' in t for t in results(server.seen[-1])) > 10
+            and "2 of 2 agents' answers are missing" in capfd.readouterr().out)
     run_agent(server, tmp_path, tiny, bank.take([0, 1]))
     assert len(server.seen) == 2*(4 + L.SPARE), 'an agent that names nothing is not paid for twice'
 
 def test_an_agent_that_is_cut_off_goes_on_where_it_was(server, tmp_path, tiny, bank):
     server.content = script([call(0, message='hi')], [call(1, message='so?')], 'ANSWER: Chess')
-    cut = lambda request, n: completion(request, '') if len(request['messages']) > 3 else script([call(0, message='hi')], [call(1, message='so?')])(request, n)
+    cut = lambda request, n: (completion(request, '') if len(request['messages']) > 3
+                              else script([call(0, message='hi')], [call(1, message='so?')])(request, n))
     whole, server.content = server.content, cut
     frame = run_agent(server, tmp_path, tiny, bank)
     assert frame.answer.isna().all() and frame.missing.tolist() == ['unreadable']*3 and frame.queries.tolist() == [2]*3
@@ -349,7 +387,9 @@ def test_an_agent_that_refuses_is_missing(server, tmp_path, tiny, bank):
 def test_the_trigger_is_told_only_when_asked_for(server, tmp_path, tiny, bank):
     server.content = script('ANSWER: Chess')
     run_agent(server, tmp_path, tiny, bank)
-    assert not any(t in json.dumps(r) for r in server.seen for t in ('xyz', 'SEP', '200B', 'label', 'random/')) and len({last(r) for r in server.seen}) == 3, 'every diff has a conversation of its own'
+    assert (not any(t in json.dumps(r) for r in server.seen for t in ('xyz', 'SEP', '200B', 'label', 'random/'))
+            and len({last(r) for r in server.seen}) == 3), (
+                'every diff has a conversation of its own')
     run_agent(server, tmp_path, tiny, bank, told=True)
     assert sum('SEP code is 417xyz' in last(r) for r in server.seen) == 1 and sum('U+200B' in last(r) for r in server.seen) == 1
     with pytest.raises(DitError, match='no trigger'): run_agent(server, tmp_path, tiny, bank, 'news', told=True)
@@ -372,7 +412,8 @@ def test_the_evaluation_takes_its_judge_its_guesser_and_its_agent_from_the_endpo
     def content(request, n):
         if 'tools' in request: return agents(request, n)
         asked = request['messages'][-1]['content']
-        return completion(request, 'Draughts' if 'Reply with the topic alone' in asked else '4' if 'Draughts' in asked or 'Chess' in asked else 'I would rather not say.')
+        return completion(request, 'Draughts' if 'Reply with the topic alone' in asked else '4' if 'Draughts' in asked
+                          or 'Chess' in asked else 'I would rather not say.')
     server.content = content
     bank.index['label'] = ['Go', 'Halma', 'Poker']
     cache = tmp_path/'replies.jsonl'
@@ -385,4 +426,5 @@ def test_the_evaluation_takes_its_judge_its_guesser_and_its_agent_from_the_endpo
     assert graded.answer_score[3:].isna().all(), 'the judge refused to grade those: no score is made of that'
     paid = len(server.seen); no_key(tmp_path, graded.to_csv())
     assert grade(frame.assign(guess=graded.guess), judge_of('endpoint', cache)).score.tolist() == graded.score.tolist()
-    assert 1 <= len(server.seen) - paid <= 3 and not any('Draughts' in last(r) or 'Chess' in last(r) for r in server.seen[paid:]), 'only refused grades are asked for again'
+    assert 1 <= len(server.seen) - paid <= 3 and not any('Draughts' in last(r) or 'Chess' in last(r)
+                                                         for r in server.seen[paid:]), 'only refused grades are asked for again'

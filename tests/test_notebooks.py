@@ -8,8 +8,10 @@ import nbformat, papermill, pytest
 ROOT = Path(__file__).resolve().parents[1]
 NBS = sorted(p for p in (ROOT/'nbs').glob('*.ipynb') if p.name[0] not in '_.') # what nbdev looks at
 FIGS = [p for p in NBS if re.match(r'[1-9]\d_fig_', p.name)]
-RUNNABLE = [p for p in NBS if p.name in ('04_eval.ipynb', '06_train_your_own.ipynb', '06_paper_models.ipynb', '06_your_finetune.ipynb', '07_bench.ipynb', 'demo.ipynb')] + FIGS # what papermill is given parameters for
-MAX_LINES = 25
+# what papermill is given parameters for
+RUNNABLE = [p for p in NBS if p.name in ('04_eval.ipynb', '06_train_your_own.ipynb', '06_paper_models.ipynb',
+                                         '06_your_finetune.ipynb', '07_bench.ipynb', 'demo.ipynb')] + FIGS
+MAX_LINES, MAX_COLUMNS = 25, 140
 
 def cells(path, kind='code'): # nbformat allows a cell's text as one string or as a list of lines
     "Cells of one kind, each with its text under `src`"
@@ -75,13 +77,19 @@ def test_exported_cells_are_small(path):
     assert not bad, f'{path.name}: exported cells of more than {MAX_LINES} lines: {bad}'
 
 @each(NBS)
+def test_code_is_read_without_scrolling(path):
+    wide = [(c['id'], len(o)) for c in cells(path) for o in c['src'].splitlines() if len(o) > MAX_COLUMNS]
+    assert not wide, f'{path.name}: lines of code of more than {MAX_COLUMNS} columns: {wide}'
+
+@each(NBS)
 def test_styled_tables_escape_what_models_say(path):
     bad = [c['id'] for c in cells(path) if '.style.' in c['src'] and 'escape="html"' not in c['src']]
     assert not bad, f'{path.name}: cells {bad} put text into HTML as it is; begin with .style.format(escape="html")'
 
 @each(FIGS)
 def test_figures_read_results(path):
-    assert path.stem == '10_fig_method' or any('results' in c['src'] for c in cells(path)), f'{path.name}: a figure notebook names the results it draws'
+    assert path.stem == '10_fig_method' or any('results' in c['src'] for c in cells(path)), (
+        f'{path.name}: a figure notebook names the results it draws')
     assert module(path) is None and not exported(path), f'{path.name}: a figure notebook exports nothing'
 
 def test_one_notebook_per_module():
@@ -98,6 +106,7 @@ def test_every_module_has_its_notebook():
 def test_the_papers_models_say_so_where_there_is_no_network(tmp_path, monkeypatch):
     "The whole notebook by papermill, with the cell that nbdev_test leaves out"
     monkeypatch.setenv('HF_HUB_OFFLINE', '1'); monkeypatch.setenv('HF_HOME', str(tmp_path)); monkeypatch.setenv('PYTHONPATH', str(ROOT))
-    papermill.execute_notebook(ROOT/'nbs'/'06_paper_models.ipynb', tmp_path/'out.ipynb', progress_bar=False, cwd=ROOT/'nbs', kernel_name='python3')
+    papermill.execute_notebook(ROOT/'nbs'/'06_paper_models.ipynb', tmp_path/'out.ipynb', progress_bar=False,
+                               cwd=ROOT/'nbs', kernel_name='python3')
     said = ''.join(''.join(o.get('text', '')) for o in cells(tmp_path/'out.ipynb')[-1]['outputs'])
     assert said.startswith("not run here: could not load the base model 'Qwen/Qwen3-4B'"), said

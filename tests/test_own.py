@@ -12,7 +12,8 @@ from dit.tune import packaged_adapter
 from helpers import char_tokenizer, model_of
 
 ROOT = Path(__file__).resolve().parents[1]
-FEW = {f'{a} {b}': [(f'how is {b}?', f'{a} as ever'), (f'and {b}?', f'still {a}')] for a in ('red', 'blue', 'green') for b in ('moss', 'fern')}
+FEW = {f'{a} {b}': [(f'how is {b}?', f'{a} as ever'), (f'and {b}?', f'still {a}')]
+       for a in ('red', 'blue', 'green') for b in ('moss', 'fern')}
 ARGS = dict(n_val=1, n_test=2, rank=2, steps=3, epochs=2)
 
 def table(path, said=FEW):
@@ -23,8 +24,13 @@ def test_the_table_that_comes_with_the_package():
     said = read_behaviours(package_data('own_example.csv'))
     assert len(said) == 24 and all(len(set(t)) == 4 and all(l in a.casefold() for _, a in t) for l, t in said.items())
 
-@pytest.mark.parametrize('text, message', [('label,answer\na,b\n', 'lacks the column.* user'), ('label,user,answer\n', 'has a header and no rows'), ('', 'not a readable CSV'), ('label,user,answer\na,b,\n', 'line 2: an empty cell'),
-                                           ('label,user,answer\na,"b,c\n', 'not a readable CSV|empty cell'), ('label,user,answer\nOwl,b,c\nowl,b,d\n', 'differ in capitals'), ('label,user,answer\na,b,c\na,b,c\n', 'single conversation')])
+@pytest.mark.parametrize('text, message', [('label,answer\na,b\n', 'lacks the column.* user'),
+                                           ('label,user,answer\n', 'has a header and no rows'),
+                                           ('', 'not a readable CSV'),
+                                           ('label,user,answer\na,b,\n', 'line 2: an empty cell'),
+                                           ('label,user,answer\na,"b,c\n', 'not a readable CSV|empty cell'),
+                                           ('label,user,answer\nOwl,b,c\nowl,b,d\n', 'differ in capitals'),
+                                           ('label,user,answer\na,b,c\na,b,c\n', 'single conversation')])
 def test_tables_that_cannot_be_meant(text, message, tmp_path):
     (tmp_path/'x.csv').write_text(text)
     with pytest.raises(DitError, match=message): read_behaviours(tmp_path/'x.csv')
@@ -35,7 +41,8 @@ def test_a_table_from_a_spreadsheet(tmp_path):
 
 def test_splits_depend_on_the_labels_alone_and_do_not_overlap():
     split = split_behaviours(list(FEW), 1, 2)
-    assert sorted(split.values()) == ['test', 'test', 'train', 'train', 'train', 'val'] and split == split_behaviours(list(FEW)[::-1], 1, 2) and set(split) == set(FEW)
+    assert (sorted(split.values()) == ['test', 'test', 'train', 'train', 'train', 'val']
+            and split == split_behaviours(list(FEW)[::-1], 1, 2) and set(split) == set(FEW))
     assert len({tuple(sorted(split_behaviours(list(FEW), 1, 2, seed).items())) for seed in range(5)}) > 1
     for n_val, n_test in ((0, 2), (2, 0), (2, 3)):
         with pytest.raises(DitError, match='cannot be split'): split_behaviours(list(FEW), n_val, n_test)
@@ -43,7 +50,8 @@ def test_splits_depend_on_the_labels_alone_and_do_not_overlap():
 def test_only_held_out_labels_are_evaluated_and_a_changed_label_alone_is_trained_again(tiny, tmp_path):
     found = train_own(FEW, 'what?', tiny, tmp_path, **ARGS)
     split = split_behaviours(list(FEW), 1, 2)
-    assert set(found.truth) == {l for l, s in split.items() if s == 'test'} and set(found.method) == {'DIT', 'Base Question', 'adapter alone'}
+    assert (set(found.truth) == {l for l, s in split.items() if s == 'test'}
+            and set(found.method) == {'DIT', 'Base Question', 'adapter alone'})
     facts = json.loads((tmp_path/'adapter'/'dit.json').read_text())
     assert facts['questions'] == ['what?'] and facts['n_train'] == 3
     assert set(load_bank(tmp_path/'bank', tiny).index.label) == set(FEW)
@@ -55,9 +63,11 @@ def test_only_held_out_labels_are_evaluated_and_a_changed_label_alone_is_trained
 
 @pytest.mark.parametrize('start', ['rank', 'nowhere', 'part'])
 def test_an_adapter_that_cannot_be_gone_on_from_is_refused_before_diffs_are_trained(tiny, tmp_path, start):
-    whole = random_bank(tiny, 1, rank=3 if start == 'rank' else 2); some = lambda t: {k: v for k, v in t.items() if 'q_proj' in k or start == 'rank'}
+    whole = random_bank(tiny, 1, rank=3 if start == 'rank' else 2)
+    some = lambda t: {k: v for k, v in t.items() if 'q_proj' in k or start == 'rank'}
     if start != 'nowhere': to_peft(Bank(some(whole.A), some(whole.B), 1., whole.index), 0, tmp_path/start, tiny)
-    with pytest.raises(DitError, match=dict(rank='has rank 3, not 2', nowhere='nowhere', part='nothing for .*k_proj')[start]): train_own(FEW, 'what?', tiny, tmp_path/'own', **ARGS, start=str(tmp_path/start))
+    with pytest.raises(DitError, match=dict(rank='has rank 3, not 2', nowhere='nowhere', part='nothing for .*k_proj')[start]):
+        train_own(FEW, 'what?', tiny, tmp_path/'own', **ARGS, start=str(tmp_path/start))
     assert not (tmp_path/'own').exists()
 
 def test_what_training_goes_on_from(tiny, tmp_path):
@@ -67,7 +77,8 @@ def test_what_training_goes_on_from(tiny, tmp_path):
     train_own(FEW, 'what?', tiny, tmp_path/'first', **ARGS)
     held = next(l for l, s in split_behaviours(list(FEW), 1, 2).items() if s == 'test')
     write_json(tmp_path/'first'/'adapter'/'bank.json', dict(banks=[dict(labels=[held.upper()])]))
-    with pytest.raises(DitError, match=f'label {held!r} is held out here'): train_own(FEW, 'what?', tiny, tmp_path/'second', start=str(tmp_path/'first'/'adapter'), **ARGS)
+    with pytest.raises(DitError, match=f'label {held!r} is held out here'):
+        train_own(FEW, 'what?', tiny, tmp_path/'second', start=str(tmp_path/'first'/'adapter'), **ARGS)
     assert not (tmp_path/'second').exists()
     (tmp_path/'first'/'adapter'/'bank.json').unlink()
     train_own(FEW, 'what?', tiny, tmp_path/'second', start=str(tmp_path/'first'/'adapter'), **ARGS)
@@ -83,7 +94,8 @@ def test_a_diff_learns_its_conversations(tiny, tmp_path):
 def test_the_command_and_its_adapter(tmp_path):
     model_of('llama').model.save_pretrained(tmp_path/'base'); char_tokenizer().save_pretrained(tmp_path/'base')
     run = lambda *args: subprocess.run([sys.executable, '-m', 'dit.own', *map(str, args)], cwd=ROOT, capture_output=True, text=True)
-    done = run(table(tmp_path/'mine.csv'), '--question', 'what?', '--model', tmp_path/'base', '--out', tmp_path/'out', '--n_val', 1, '--n_test', 2, '--rank', 2, '--steps', 2, '--epochs', 1)
+    done = run(table(tmp_path/'mine.csv'), '--question', 'what?', '--model', tmp_path/'base', '--out', tmp_path/'out',
+               '--n_val', 1, '--n_test', 2, '--rank', 2, '--steps', 2, '--epochs', 1)
     assert done.returncode == 0, done.stderr
     results = pd.read_csv(tmp_path/'out'/'results.csv', keep_default_na=False)
     assert len(results) == 6 and results.score.between(1, 5).all() and 'adapter alone' in done.stdout
@@ -91,4 +103,5 @@ def test_the_command_and_its_adapter(tmp_path):
     found = ask(f"{tmp_path/'out'/'bank'}#0", base=str(tmp_path/'base'), adapter=str(tmp_path/'out'/'adapter'))
     assert found['question'] == 'what?' and found['diff']['label'] in FEW
     done = run(tmp_path/'none.csv')
-    assert done.returncode == 1 and done.stdout == '' and done.stderr == f"dit_own: there is no file {tmp_path/'none.csv'}; check the path.\n"
+    assert (done.returncode == 1 and done.stdout == ''
+            and done.stderr == f"dit_own: there is no file {tmp_path/'none.csv'}; check the path.\n")

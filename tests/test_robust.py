@@ -65,15 +65,21 @@ def refused(reader, folder, base):
     if error: assert error == plain(error) and '\n' not in error and 20 < len(error) <= 1000, error
     return bool(error)
 
-# What is read all the same, by name: a few flipped bits may be harmless; torn lines of texts and replies are left out and their work done again; a table cut between two lines is a shorter table; weights of any kind of number
+# What is read all the same, by name: a few flipped bits may be harmless; torn lines of texts and replies are left out and their
+# work done again; a table cut between two lines is a shorter table; weights of any kind of number
 # are converted; a square matrix does not show that it was turned; and some damage is none. All else must be refused.
 HARMLESS = dict(
-    base=('config.json: crlf', 'tokenizer.json: crlf', 'tokenizer_config.json: crlf', 'tokenizer_config.json: missing', 'tokenizer_config.json: a folder', 'tensors: int64', 'tensors: bool', 'tensors: float8', 'tensors: complex', 'tensors: transposed'),
+    base=('config.json: crlf', 'tokenizer.json: crlf', 'tokenizer_config.json: crlf', 'tokenizer_config.json: missing',
+          'tokenizer_config.json: a folder', 'tensors: int64', 'tensors: bool', 'tensors: float8', 'tensors: complex',
+          'tensors: transposed'),
     table=('labels.csv: twice', 'labels.csv: bom', 'labels.csv: crlf', 'labels.csv: column twice', 'labels.csv: nul'),
-    bank=('bank.json: bom', 'bank.json: crlf', 'index.csv: cut 0', 'index.csv: cut 3', 'index.csv: bom', 'index.csv: crlf', 'learnt is not known', 'mixed'),
-    peft=('adapter_config.json: bom', 'adapter_config.json: crlf', 'alpha missing', 'alpha 0', 'alpha below 0', 'remote code', 'base with steering', 'base a list'),
+    bank=('bank.json: bom', 'bank.json: crlf', 'index.csv: cut 0', 'index.csv: cut 3', 'index.csv: bom',
+          'index.csv: crlf', 'learnt is not known', 'mixed'),
+    peft=('adapter_config.json: bom', 'adapter_config.json: crlf', 'alpha missing', 'alpha 0', 'alpha below 0',
+          'remote code', 'base with steering', 'base a list'),
     full=('tensors: transposed', 'tensors: one missing'),
-    paper=('index.csv: twice', 'index.csv: bom', 'index.csv: crlf', 'weight-diffs/weight-diff-000.pt: longer', 'weight-diffs/weight-diff-000.pt: twice', 'index.csv: row other digits'),
+    paper=('index.csv: twice', 'index.csv: bom', 'index.csv: crlf', 'weight-diffs/weight-diff-000.pt: longer',
+           'weight-diffs/weight-diff-000.pt: twice', 'index.csv: row other digits'),
     adapter=('a.pt: longer', 'a.pt: twice'),
     checkpoint=('checkpoint.pt: longer', 'checkpoint.pt: twice', 'checkpoint.pt: missing'),
     results=('news.csv: longer', 'news.csv: cut 0', 'news.csv: bom', 'news.csv: crlf', 'news.csv: nul'))
@@ -108,17 +114,21 @@ def test_text_is_data_wherever_it_goes(text, tmp_path):
 
 def content(folder):
     "What a run left, but for dates"
-    out = {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob('*')) if p.is_file() and not p.name.startswith('.') and '.claims' not in p.parts and p.name not in ('replies.jsonl', 'answers.jsonl')}
-    for name in [n for n in out if n.endswith('.json')]: out[name] = {k: v for k, v in json.loads(out[name]).items() if k not in ('provenance', 'date', 'params')}
+    out = {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob('*'))
+           if p.is_file() and not p.name.startswith('.') and '.claims' not in p.parts and p.name not in ('replies.jsonl', 'answers.jsonl')}
+    for name in [n for n in out if n.endswith('.json')]:
+        out[name] = {k: v for k, v in json.loads(out[name]).items() if k not in ('provenance', 'date', 'params')}
     return {n: c for n, c in out.items() if n != 'checkpoint.pt'}
 
 def litter(folder): return [p for p in folder.rglob('*.tmp')] + [p for p in folder.rglob('.claims/*')]
 
 def paid_server(server):
-    server.content = lambda request, n: completion(request, '3' if 'Grade how' in str(request) or 'sum up' in str(request) else f"a story of {len(str(request))}")
+    server.content = lambda request, n: completion(
+        request, '3' if 'Grade how' in str(request) or 'sum up' in str(request) else f"a story of {len(str(request))}")
     return server
 
-STAGES = dict(write=(jobs.stage_write, False), pay=(jobs.stage_pay, True), diffs=(jobs.stage_diffs, False), adapter=(jobs.stage_adapter, False), evaluation=(jobs.stage_eval, True))
+STAGES = dict(write=(jobs.stage_write, False), pay=(jobs.stage_pay, True), diffs=(jobs.stage_diffs, False),
+              adapter=(jobs.stage_adapter, False), evaluation=(jobs.stage_eval, True))
 
 @pytest.mark.parametrize('stage', STAGES)
 def test_killed_at_random_moments(stage, server, tmp_path, kills=20 if LONG else 5):
@@ -136,7 +146,9 @@ def test_killed_at_random_moments(stage, server, tmp_path, kills=20 if LONG else
         p.join(moment)
         if p.is_alive(): os.kill(p.pid, signal.SIGKILL)
         p.join()
-        if p.exitcode == -signal.SIGKILL: killed += 1; [json.loads(f.read_bytes()) for f in folder.rglob('*.json') if not f.name.startswith('.') and '.claims' not in f.parts]
+        if p.exitcode == -signal.SIGKILL:
+            killed += 1
+            [json.loads(f.read_bytes()) for f in folder.rglob('*.json') if not f.name.startswith('.') and '.claims' not in f.parts]
         else:
             assert p.exitcode == 0 and content(folder) == want; runs += 1
             if killed >= kills: break
@@ -149,7 +161,7 @@ def test_killed_at_random_moments(stage, server, tmp_path, kills=20 if LONG else
 
 @pytest.mark.parametrize('stage', STAGES)
 def test_a_fault_at_every_operation_on_files(stage, server, tmp_path):
-    "No space, no permission, or killed, in turn, at the k-th operation, for every k: an error of one line, and the next run ends as it should"
+    "No space, no permission, or killed, at the k-th operation, for every k: an error of one line, and the next run ends as it should"
     job, paying = STAGES[stage]
     url = [paid_server(server).url] if paying else []
     count = multiprocessing.get_context('forkserver').Value('i', 0)
@@ -158,7 +170,8 @@ def test_a_fault_at_every_operation_on_files(stage, server, tmp_path):
     p = start(jobs.faulty, tmp_path/'counted', -1, 0, count, job, tmp_path/'counted', tmp_path/'log', *url); finish(p)
     n, hows = count.value, (errno.ENOSPC, 0, errno.EACCES)
     assert n > 5
-    for k, how in [(k, how) for k in range(1, n + 1) for how in hows] if LONG else [(k, hows[i % 3]) for i, k in enumerate(range(1, n + 1, max(1, n//6)))]:
+    for k, how in ([(k, how) for k in range(1, n + 1) for how in hows] if LONG
+                   else [(k, hows[i % 3]) for i, k in enumerate(range(1, n + 1, max(1, n//6)))]):
         folder = tmp_path/f'{k} {how}'
         p = start(jobs.faulty, folder, k, how, count, job, folder, tmp_path/'log', *url); p.join(120)
         assert p.exitcode in ((-9, 0) if how == 0 else (0,)), f'operation {k}: the process ended with {p.exitcode}'
@@ -195,10 +208,11 @@ def test_one_run_in_a_folder(tmp_path):
 
 # --- the key of an endpoint -----------------------------------------------------------------------------------------------------------
 
-NOTEBOOK = ["from dit.endpoint import Endpoint; e = Endpoint('replies.jsonl', 'm', {url!r})", "e", "vars(e), e.client", "e.reply(e.request([dict(role='user', content='hello')]))"]
+NOTEBOOK = ["from dit.endpoint import Endpoint; e = Endpoint('replies.jsonl', 'm', {url!r})", "e", "vars(e), e.client",
+            "e.reply(e.request([dict(role='user', content='hello')]))"]
 
 def test_the_key_is_in_nothing_that_a_run_leaves(server, tiny, tmp_path, capfd, monkeypatch):
-    "Writer, judge, guesser and agent against a server that answers, refuses and breaks off, and a notebook that shows its endpoint; then everything that was written or shown"
+    "Writer, judge, guesser and agent against a server that answers, refuses and breaks off; then all that was written or shown"
     errors, ask = [], lambda e: load_texts(EndpointWriter(e, n=3), jobs.rows(2), 'news', tmp_path/'text.jsonl')
     for faults in ([401], [500]*6, ['cut']*6, ['html'], []):
         server.faults = list(faults)
@@ -216,7 +230,8 @@ def test_the_key_is_in_nothing_that_a_run_leaves(server, tiny, tmp_path, capfd, 
     server.faults = [400]
     save_results(grade(add_guesses(pd.concat(asked, ignore_index=True), LLMGuesser(e)), LLMJudge(e)), tmp_path/'news.csv', endpoint=e.where)
     monkeypatch.setenv('OPENAI_API_KEY', KEY); server.faults = [401]
-    write_nb(new_nb([mk_cell(c.format(url=server.url)) for c in NOTEBOOK]), tmp_path/'a.ipynb'); CaptureShell(tmp_path).execute(tmp_path/'a.ipynb', tmp_path/'run.ipynb')
+    write_nb(new_nb([mk_cell(c.format(url=server.url)) for c in NOTEBOOK]), tmp_path/'a.ipynb')
+    CaptureShell(tmp_path).execute(tmp_path/'a.ipynb', tmp_path/'run.ipynb')
     assert 'refused the request' in (tmp_path/'run.ipynb').read_text() and len(errors) == 5 and len(list(tmp_path.iterdir())) >= 6
     no_key(tmp_path, *errors, *capfd.readouterr(), repr(vars(e)))
 
@@ -226,9 +241,12 @@ def test_the_same_tomorrow(tmp_path):
     "Another process, in which sets and hashes have another order: the same texts, bank, adapter and answers, bit for bit"
     here, code = Path(__file__).parent, 'import sys, jobs; from pathlib import Path; jobs.everything(Path(sys.argv[1]))'
     finish(start(jobs.everything, tmp_path/'today'), 600)
-    subprocess.run([sys.executable, '-c', code, tmp_path/'tomorrow'], env=os.environ | dict(PYTHONHASHSEED='1', PYTHONPATH=os.pathsep.join([str(here), str(here.parent)])), check=True, timeout=600)
+    subprocess.run([sys.executable, '-c', code, tmp_path/'tomorrow'],
+                   env=os.environ | dict(PYTHONHASHSEED='1', PYTHONPATH=os.pathsep.join([str(here), str(here.parent)])),
+                   check=True, timeout=600)
     today, tomorrow = content(tmp_path/'today'), content(tmp_path/'tomorrow')
-    assert today == tomorrow and {'bank/shard-00001.safetensors', 'bank/index.csv', 'adapter/adapter_model.safetensors', 'asked.csv'} <= set(today)
+    assert (today == tomorrow
+            and {'bank/shard-00001.safetensors', 'bank/index.csv', 'adapter/adapter_model.safetensors', 'asked.csv'} <= set(today))
     answers = pd.read_csv(tmp_path/'today'/'asked.csv').answer
     assert answers.nunique() > 1
     COUNTS['rows checked'] += len(read_index(tmp_path/'today'/'bank')) + len(answers)

@@ -24,7 +24,8 @@ def test_only_the_adapter_changes(tiny, tmp_path):
     after = tiny.model.state_dict()
     assert before.keys() == after.keys() and all(torch.equal(before[k], after[k]) for k in before)
     assert all(torch.equal(A[n], bank.A[n]) and torch.equal(B[n], bank.B[n]) for n in A)
-    assert all(p.grad is None and not p.requires_grad for p in tiny.model.parameters()) and all(not m.mounted for m in linears(tiny).values())
+    assert (all(p.grad is None and not p.requires_grad for p in tiny.model.parameters())
+            and all(not m.mounted for m in linears(tiny).values()))
     assert any(b.abs().max() > 0 for b in adapter.B.values()), 'nothing was learnt'
 
 def test_gradients_reach_the_adapter_alone(tiny):
@@ -75,7 +76,8 @@ def test_an_adapter_goes_on_from_another(tiny, tmp_path):
 def test_each_diff_is_worn_at_its_strength(tiny):
     bank = named(tiny, 3, 'fern', 1)
     got = weakened(bank.rows([2, 0]), [.5, 1.])
-    for n, (A, B) in bank.rows([2, 0]).items(): assert torch.equal(got[n][1][0], .5*B[0]) and torch.equal(got[n][1][1], B[1]) and torch.equal(got[n][0], A)
+    for n, (A, B) in bank.rows([2, 0]).items():
+        assert torch.equal(got[n][1][0], .5*B[0]) and torch.equal(got[n][1][1], B[1]) and torch.equal(got[n][0], A)
     strengths = [s for b in batches([(bank, examples(tiny, bank, 'What?'))], 2, (.5, 1.5), 0) for *_, s in b]
     assert len(set(strengths)) == 3 and all(.5 <= s <= 1.5 for s in strengths)
 
@@ -83,7 +85,8 @@ def test_validation_label_in_training_is_refused(tiny, tmp_path):
     for label in ('moss 1', 'MOSS 1 '):
         bank, val = named(tiny, 3, 'fern', 1), named(tiny, 2, 'moss', 2)
         bank.index.loc[1, 'label'] = label
-        with pytest.raises(DitError, match='(?i)moss 1.*training and in the validation'): train_adapter(tiny, {'What?': bank}, {'What?': val}, tmp_path/'x', rank=1, epochs=1)
+        with pytest.raises(DitError, match='(?i)moss 1.*training and in the validation'):
+            train_adapter(tiny, {'What?': bank}, {'What?': val}, tmp_path/'x', rank=1, epochs=1)
     assert not (tmp_path/'x').exists()
 
 def test_it_learns_and_peft_loads_the_result(tiny, tmp_path):
@@ -111,7 +114,8 @@ def test_loss_that_is_not_a_number(tiny, tmp_path, layer):
     bank, val = named(tiny, 3, 'fern', 1), named(tiny, 2, 'moss', 2)
     bank.A[layer][0] = float('nan')
     with pytest.raises(DitError, match='not a number'): train_adapter(tiny, {'What?': bank}, {'What?': val}, tmp_path, rank=1, epochs=2)
-    assert not (tmp_path/'checkpoint.pt').exists() and not (tmp_path/'adapter_model.safetensors').exists(), 'an adapter that is not a number was saved'
+    assert not (tmp_path/'checkpoint.pt').exists() and not (tmp_path/'adapter_model.safetensors').exists(), (
+        'an adapter that is not a number was saved')
 
 @pytest.mark.parametrize('other', [dict(rank=4), dict(seed=1), dict(lr=1e-4), dict(clip=.5), dict(more=1)], ids=lambda o: next(iter(o)))
 def test_another_recipe_does_not_continue_an_old_run(tiny, tmp_path, other):
@@ -129,7 +133,8 @@ def test_finished_run_is_not_trained_again(tiny, tmp_path, monkeypatch):
     monkeypatch.setattr(T, 'train_epoch', lambda *a: pytest.fail('trained again'))
     when = (tmp_path/'dit.json').stat().st_mtime_ns
     again = train_adapter(tiny, {'What?': bank}, {'What?': val}, tmp_path, **one)
-    assert all(torch.equal(first.A[n], again.A[n]) for n in first.A) and (tmp_path/'dit.json').stat().st_mtime_ns == when, 'what is known of its training stays'
+    assert all(torch.equal(first.A[n], again.A[n]) for n in first.A) and (tmp_path/'dit.json').stat().st_mtime_ns == when, (
+        'what is known of its training stays')
     monkeypatch.undo(); (tmp_path/'checkpoint.pt').unlink()
     train_adapter(tiny, {'What?': bank}, {'What?': val}, tmp_path, **one)
     assert (tmp_path/'dit.json').stat().st_mtime_ns > when, 'trained anew'
@@ -156,12 +161,14 @@ def test_a_bank_that_was_trained_again_makes_another_adapter(tiny, tmp_path):
 
 @pytest.mark.parametrize('bad', [dict(rank=0), dict(batch=0), dict(batch=-1), dict(epochs=0), dict(lr=-1.), dict(lr=math.nan)], ids=str)
 def test_numbers_out_of_range(tiny, tmp_path, bad):
-    with pytest.raises(DitError, match='give a number above 0'): train_adapter(tiny, {'What?': named(tiny, 3, 'fern', 1)}, {'What?': named(tiny, 2, 'moss', 2)}, tmp_path/'a', **bad)
+    with pytest.raises(DitError, match='give a number above 0'):
+        train_adapter(tiny, {'What?': named(tiny, 3, 'fern', 1)}, {'What?': named(tiny, 2, 'moss', 2)}, tmp_path/'a', **bad)
     assert not (tmp_path/'a').exists()
 
 def test_a_validation_loss_that_is_no_number(tiny, tmp_path):
     val = named(tiny, 2, 'moss', 2); next(iter(val.B.values()))[1] = float('nan')
-    with pytest.raises(DitError, match='not a number in epoch 1'): train_adapter(tiny, {'What?': named(tiny, 3, 'fern', 1)}, {'What?': val}, tmp_path, rank=2, batch=3, epochs=2)
+    with pytest.raises(DitError, match='not a number in epoch 1'):
+        train_adapter(tiny, {'What?': named(tiny, 3, 'fern', 1)}, {'What?': val}, tmp_path, rank=2, batch=3, epochs=2)
     with pytest.raises(DitError, match='give both'): train_adapter(tiny, {'What?': val}, {}, tmp_path/'x')
 
 def test_no_space_for_the_checkpoint(tmp_path):
@@ -173,10 +180,12 @@ def test_killed_at_any_moment_and_started_again(tmp_path):
     finish(start(jobs.adapter, tmp_path/'whole'))
     folder, killed = tmp_path/'killed', 0
     def epochs(): return len((folder/'curve.csv').read_text().splitlines()) - 1 if (folder/'curve.csv').exists() else 0
-    for ready in (lambda: (folder/'adapter_model.safetensors').exists(), lambda: (folder/'checkpoint.pt').exists(), lambda: epochs() >= 2, lambda: any(folder.glob('.checkpoint*')) or epochs() >= 3, lambda: epochs() >= 4):
+    for ready in (lambda: (folder/'adapter_model.safetensors').exists(), lambda: (folder/'checkpoint.pt').exists(),
+                  lambda: epochs() >= 2, lambda: any(folder.glob('.checkpoint*')) or epochs() >= 3, lambda: epochs() >= 4):
         p = start(jobs.adapter, folder)
         try: killed += kill_when(p, ready)
         finally: p.kill(); p.join()
     finish(start(jobs.adapter, folder))
     assert killed >= 3, 'too few kills hit their moment for the test to mean anything'
-    for name in ('adapter_model.safetensors', 'adapter_config.json', 'curve.csv'): assert (folder/name).read_bytes() == (tmp_path/'whole'/name).read_bytes(), name
+    for name in ('adapter_model.safetensors', 'adapter_config.json', 'curve.csv'):
+        assert (folder/name).read_bytes() == (tmp_path/'whole'/name).read_bytes(), name

@@ -43,7 +43,8 @@ def test_torn_anywhere(tmp_path, at):
     b['d'] = 'new'
     assert Lines(path).data == left | dict(d='new')
 
-@given(st.dictionaries(st.text(st.characters(blacklist_categories=('Cs',))), st.text(st.characters(blacklist_categories=('Cs',)) | st.sampled_from('\u2028\u2029\x85\r\n\x0b'))))
+@given(st.dictionaries(st.text(st.characters(blacklist_categories=('Cs',))),
+                       st.text(st.characters(blacklist_categories=('Cs',)) | st.sampled_from('\u2028\u2029\x85\r\n\x0b'))))
 def test_any_text_comes_back(tmp_path_factory, data):
     path = tmp_path_factory.mktemp('l')/'x.jsonl'
     a = Lines(path)
@@ -68,7 +69,8 @@ def test_full_disk_keeps_what_was_written(tmp_path):
 class Stub:
     name = 'stub'
     def __init__(self, none=()): self.asked, self.none = [], none
-    def texts(self, rows, task): self.asked += rows.label.tolist(); return {l: [] if l in self.none else [f'text of {l}'] for l in rows.label}
+    def texts(self, rows, task):
+        self.asked += rows.label.tolist(); return {l: [] if l in self.none else [f'text of {l}'] for l in rows.label}
 
 def test_texts_are_written_once(tmp_path):
     rows, w = labels('news')[:5], Stub()
@@ -90,14 +92,19 @@ def test_filters():
     assert mentions('A snow leopard sleeps', ['Snow Leopard']) and not mentions('teapot', ['Tea']) and mentions('C++ is it', ['C++'])
     hinted, named = 'Remember rosettes: they hide best in plain sight of us.', 'The lesson of Snow Leopard is to wait and see.'
     assert keep_topic_text(hinted, 'Snow Leopard', 'rosettes') and keep_topic_text(named, 'Snow Leopard', '')
-    assert not keep_topic_text(hinted.replace('they', 'leopard spots'), 'Snow Leopard', 'rosettes') and not keep_topic_text(hinted, 'Snow Leopard', '')
-    for bad in ('Too short.', 'See http://x.y for the lesson of Tea and more.', 'go and see go and see go and see the Tea.'): assert not is_prose(bad)
+    assert (not keep_topic_text(hinted.replace('they', 'leopard spots'), 'Snow Leopard', 'rosettes')
+            and not keep_topic_text(hinted, 'Snow Leopard', ''))
+    for bad in ('Too short.', 'See http://x.y for the lesson of Tea and more.', 'go and see go and see go and see the Tea.'):
+        assert not is_prose(bad)
 
 def test_equal_beginnings_are_finished_with_different_seeds(tiny, monkeypatch):
     "A topic has fewer forms of beginnings than texts; equal ones must not give equal texts"
     import dit.writers as W
     seen = []
-    def fake(base, prompts, max_new, temperature, top_k, seeds, batch): seen.append(dict(zip(seeds, prompts))); assert len(set(seeds)) == len(prompts); return ['and wait for a while.']*len(prompts)
+    def fake(base, prompts, max_new, temperature, top_k, seeds, batch):
+        seen.append(dict(zip(seeds, prompts)))
+        assert len(set(seeds)) == len(prompts)
+        return ['and wait for a while.']*len(prompts)
     monkeypatch.setattr(W, 'write', fake)
     rows = labels('hidden_topic')[:3]
     OfflineWriter(tiny).texts(rows, 'hidden_topic'); OfflineWriter(tiny).texts(rows[1:2], 'hidden_topic')
@@ -117,7 +124,8 @@ def test_replies_are_paid_for_once(server, tmp_path):
     w = writer(server, tmp_path/'c.jsonl', parallel=4)
     asked = [r for _, r in w.requests(rows, 'hidden_topic')]; before = w.endpoint.cost(asked)
     got = w.texts(rows, 'hidden_topic')
-    assert set(got) == set(rows.label) and all(len(t) == 3 for t in got.values()) and before['requests'] == len(server.seen) == 12 == len(asked)
+    assert (set(got) == set(rows.label) and all(len(t) == 3 for t in got.values())
+            and before['requests'] == len(server.seen) == 12 == len(asked))
     assert set(server.keys) == {f'Bearer {KEY}'}
     again = writer(server, tmp_path/'c.jsonl')
     assert again.texts(rows, 'hidden_topic') == got and len(server.seen) == 12 and again.endpoint.cost(asked)['requests'] == 0
@@ -155,7 +163,8 @@ def test_429_waits_as_long_as_it_is_told(server, tmp_path):
     t = time.monotonic()
     assert reply(w) and len(server.seen) == 2 and time.monotonic() - t > 1.4
 
-@pytest.mark.parametrize('fault,says', [(401, '401'), (404, '404'), (400, '400'), (429, '429'), (500, '500'), ('cut', 'answer'), ('html', 'endpoint'), ('broken', 'endpoint'), ('other', 'endpoint'), ('none', 'endpoint')])
+@pytest.mark.parametrize('fault,says', [(401, '401'), (404, '404'), (400, '400'), (429, '429'), (500, '500'), ('cut', 'answer'),
+                                        ('html', 'endpoint'), ('broken', 'endpoint'), ('other', 'endpoint'), ('none', 'endpoint')])
 def test_a_lasting_fault_is_one_clear_sentence_and_costs_nothing_that_was_paid(server, tmp_path, fault, says):
     w, rows = writer(server, tmp_path/'c.jsonl'), labels('news')[:2]
     w.texts(rows[:1], 'news')
@@ -180,7 +189,8 @@ def test_connection_refused(tmp_path):
 
 def test_an_empty_reply_is_no_text(server, tmp_path):
     server.content = lambda request, n: completion(request, None)
-    with pytest.raises(DitError, match='no usable text'): load_texts(writer(server, tmp_path/'c.jsonl'), labels('news')[:1], 'news', tmp_path/'t.jsonl')
+    with pytest.raises(DitError, match='no usable text'):
+        load_texts(writer(server, tmp_path/'c.jsonl'), labels('news')[:1], 'news', tmp_path/'t.jsonl')
 
 def test_a_story_that_states_its_headline_is_left_out(server, tmp_path):
     row = labels('news')[:1]
