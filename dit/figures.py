@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['SHARES', 'COLOURS', 'paper_numbers', 'results_file', 'our_results', 'one_kind', 'models_with', 'measured',
-           'one_shape', 'beside', 'n_label', 'plot_models', 'plot_lines', 'legend_below', 'plot_shares', 'text_box',
-           'save_figure', 'draw_figures', 'figures_cli']
+           'one_shape', 'beside', 'n_label', 'n_by_source', 'plot_models', 'plot_lines', 'legend_below', 'plot_shares',
+           'text_box', 'save_figure', 'draw_figures', 'figures_cli']
 
 # %% ../nbs/09_figures.ipynb #9a44fa09
 import json, os, textwrap
@@ -113,6 +113,12 @@ def n_label(n:pd.Series, # numbers of diffs
     "How many diffs a bar, line or panel stands for."
     return "n = " + " to ".join(f"{k:.0f}" for k in sorted({n.min(), n.max()}))
 
+def n_by_source(both:pd.DataFrame, # from `one_shape`
+               )->str:
+    "The same for ours and for the paper's."
+    return ", ".join(f"{n_label(part.n)} ({who})" for s, who in (("ours", "ours"), ("paper", "the paper"))
+                     if len(part := both[both.source == s]))
+
 # %% ../nbs/09_figures.ipynb #8dadc54f
 def plot_models(both:pd.DataFrame, # from `one_shape`
                 title:str, # what is shown
@@ -147,7 +153,7 @@ def plot_lines(ax, # axes to draw on
     for (source, model, method), part in both.groupby(["source", "model", "method"], sort=False):
         mark = "oDv^PsX*"[list(COLOURS).index(method)%8] if label == "method" else marks[source, model]
         part, look = part.sort_values("x"), dict(marker=mark) | (dict(ls="-") if source == "ours" else dict(ls="--", mfc="white"))
-        said = method if label == "method" else f"{model} ({dict(ours='ours', paper='the paper')[source]}, {n_label(part.n)})"
+        said = method if label == "method" else f"{model} ({dict(ours='ours', paper='the paper')[source]})"
         ax.errorbar(part.x, part["mean"], [part.ci95, part.ci95.clip(upper=5 - part["mean"])], color=COLOURS[method],
                     lw=1.4, ms=4.5, elinewidth=.8, capsize=2, label=said, **look)
     ax.set(**dict(xscale="log", ylim=(.9, 5.15), yticks=range(1, 6)) | settings)
