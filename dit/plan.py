@@ -69,7 +69,8 @@ def work(base:Base, # a base model, or its skeleton
     adapters = {"03_tune": given.get("n_train", 300)*given.get("epochs", 8),
                 "04_sweeps": 0 if given.get("trigger_kind") else values*given.get("steps", 100)*8}.get(book, 0)
     each, predicted = diff_tokens(base, task, **recipe)
-    asked = {"04_eval": held*ANSWERED[task], "05_full": held*ANSWERED[task], "04_sweeps": values*given.get("n_diffs", 50)*ASKED}.get(book, 0)
+    asked = {"04_eval": held*ANSWERED[task], "05_full": held*ANSWERED[task],
+             "04_sweeps": values*given.get("n_diffs", 50)*ASKED}.get(book, 0)
     rank = 0 if full else given.get("rank") or RECIPES[task]["rank"]
     return dict(diffs=n, rank=rank, trained=n*each, predicted=n*predicted, adapter=adapters*ASKED, written=n*WRITTEN[task], answered=asked)
 
