@@ -7,8 +7,8 @@ __all__ = ['WAYS', 'ONE_BY_ONE', 'PADDED', 'GOALS', 'now', 'product_rate', 'cpu_
            'sample_weights', 'places', 'collate', 'plain_losses', 'bare', 'fresh', 'start', 'peft_of', 'silent',
            'peft_loop', 'our_diffs', 'DiffTrainer', 'Tell', 'one_by_trainer', 'by_trainer', 'EinsumLora', 'clip_tasks',
            'published', 'stacked', 'vmap_loss', 'by_vmap', 'compiled_copy', 'compiled_diffs', 'differs', 'gate',
-           'one_run', 'interleave', 'pace', 'row', 'table', 'verdict', 'diff_columns', 'diff_table', 'slower',
-           'small_gates', 'DenseDelta', 'fit_parts', 'our_adapter', 'dense_adapter', 'compiled_adapter',
+           'one_run', 'interleave', 'pace', 'row', 'table', 'verdict', 'tasks_of', 'diff_columns', 'diff_table',
+           'slower', 'small_gates', 'DenseDelta', 'fit_parts', 'our_adapter', 'dense_adapter', 'compiled_adapter',
            'adapter_columns', 'adapter_table', 'say', 'two_adapters', 'ask_reloading', 'ask_peft', 'ways_to_ask',
            'asking_table', 'Products', 'products', 'growth_table', 'save_tables', 'line_of', 'reached', 'goal_table',
            'speed_table']
@@ -422,15 +422,23 @@ def verdict(runs:dict, # (column, precision) -> runs
     return "" if off <= .01 else f"its losses are {off:.1%} off"
 
 # %% ../nbs/07_bench.ipynb #dacecd8b
+def tasks_of(column:str, # key of WAYS
+             tasks:list, # `DiffTask`s
+             few:int, # of them for the columns that go one by one
+             padded:int|None=None, # of them for the columns that pad; default: all
+            )->list:
+    "Those that a column trains."
+    return tasks[:few if column in ONE_BY_ONE else padded if column in PADDED else None]
+
 def diff_columns(bases:dict, # precision -> base model
                  which:list, # keys of WAYS
                  tasks:list, # `DiffTask`s
-                 few:int, # of them for the columns that go one by one
+                 few:int, # as for `tasks_of`
                  rank:int, # of each diff
-                 padded:int|None=None, # of them for the columns that pad; default: all
+                 padded:int|None=None, # as for `tasks_of`
                 )->dict: # (column, precision) -> function of `tell`
     "The ways to train diffs, ready to be timed; the Trainer only in its own precision."
-    part = {c: tasks[:few if c in ONE_BY_ONE else padded if c in PADDED else None] for c in WAYS}
+    part = {c: tasks_of(c, tasks, few, padded) for c in WAYS}
     return {(c, p): lambda tell, c=c, b=b: WAYS[c][1](b, part[c], rank, 1e-2, tell)
             for c in WAYS if c in which for p, b in bases.items() if (c, p) != ("a", "bfloat16")}
 
@@ -445,7 +453,7 @@ def diff_table(bases:dict, which:list, tasks:list, few:int, rank:int, repeats:in
     runs = interleave(diff_columns(bases, which, tasks, few, rank, padded), repeats, base.device)
     flop = 4*sum(m.weight.numel() for m in linears(base).values())
     def line(c, p):
-        n = few if c in ONE_BY_ONE else padded or len(tasks) if c in PADDED else len(tasks)
+        n = len(tasks_of(c, tasks, few, padded))
         groups = n if c in ONE_BY_ONE else 1
         def seconds(r): setup, each = pace(r, groups); return (groups*setup + each*full/steps*sum(u for _, u in r["marks"]))/n
         why = verdict(runs, (c, p), gates)

@@ -115,7 +115,7 @@ def n_label(n:pd.Series, # numbers of diffs
 
 def n_by_source(both:pd.DataFrame, # from `one_shape`
                )->str:
-    "The same for ours and for the paper's."
+    "How many diffs our lines stand for, and how many the paper's."
     return ", ".join(f"{n_label(part.n)} ({who})" for s, who in (("ours", "ours"), ("paper", "the paper"))
                      if len(part := both[both.source == s]))
 
